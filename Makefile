@@ -1,0 +1,67 @@
+# make demo | test | bench | lint | cuda-check | clean. Needs Python >= 3.11; a C++ compiler makes it fast.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.ppnet
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CUDA_ARCHS ?= 80 90 90a 100 120
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+
+.PHONY: demo test bench lint cuda-check clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/report
+	$(BIN)/ppnet demo $(ARGS)
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMPS)/test
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name $(ARGS)
+
+lint: $(STAMPS)/test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Compiles every CUDA source for every architecture, warnings and register spills being errors.
+cuda-check:
+	@test -n "$(NVCC)" || { echo "cuda-check: no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; nothing was checked"; exit 1; }
+	@mkdir -p build/cuda-check
+	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu; do \
+	  object=build/cuda-check/$$(basename $$source .cu)-$$arch.o; \
+	  echo "== $$source sm_$$arch"; \
+	  "$(NVCC)" -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch -Xptxas -v -Xptxas --warn-on-spills \
+	    -Xptxas --warning-as-error -Xcompiler -Wall,-Wextra -Werror all-warnings -c $$source -o $$object \
+	    > $$object.log 2>&1 || { cat $$object.log; exit 1; }; \
+	  sed -n -e "s/.*Compiling entry function '\([^']*\)'.*/\1/p" -e 's/.*\(Used [0-9]* registers\).*/  \1/p' $$object.log \
+	    | paste - - | sed -e 's/_ZN[0-9A-Za-z_]*_cu_[0-9a-f]\{8\}//'; \
+	done; done
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) ppnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+$(STAMPS)/venv:
+	@echo "== ppnet: creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@echo "== ppnet: installing $(TORCH), unless torch is already there"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) install --progress-bar off "$(TORCH)"
+	@touch $@
+
+# Without a C++ compiler setup.py installs pure Python, and says so: the build tools are not needed then.
+$(STAMPS)/tools: $(STAMPS)/torch
+	@echo "== ppnet: installing the build tools"
+	if command -v c++ g++ clang++ $(CXX) >/dev/null 2>&1; then \
+	  $(PIP) install -q "setuptools>=77" pybind11 cmake ninja; else $(PIP) install -q "setuptools>=77"; fi
+	@touch $@
+
+$(STAMPS)/report $(STAMPS)/test: $(STAMPS)/%: $(STAMPS)/tools $(SOURCES)
+	@echo "== ppnet: building the extension and installing ppnet[$*]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[$*]"
+	$(BIN)/python -W ignore -c "from ppnet.extension import build_info; print('ppnet:', build_info())"
+	@touch $@

@@ -1,0 +1,209 @@
+// gather_rows and scatter_rows on the CPU: the schemas are in ppnet/ops/rows.py.
+#include "rows.h"
+
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <fstream>
+#include <memory>
+
+#include "cpu/rows.h"
+
+namespace ppnet {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// A thread is worth waking for this much memory traffic.
+constexpr int64_t kBytesPerThread = 1 << 17;
+
+// Arrays that a job points to.
+struct JobArrays {
+  std::vector<int32_t> index;
+  std::vector<uint64_t> mask;
+  std::vector<char> scale, partial;
+};
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Double: return Dtype::f64;
+    default: return Dtype::f32;
+  }
+}
+
+// Reads idx[i]: range, and for scatter uniqueness; fills the forms the kernels index with.
+void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, RowsJob& job, JobArrays& arrays) {
+  STD_TORCH_CHECK(item.full <= INT32_MAX, op, ": tensor ", i, " has size ", item.full,
+                  " along its indexed dim; at most ", INT32_MAX, " is supported");
+  const int64_t* idx = item.idx.const_data_ptr<int64_t>();
+  std::vector<int32_t> slot(scatter ? static_cast<size_t>(item.full) : 0, -1);
+  arrays.index.resize(static_cast<size_t>(item.kept));
+  bool increasing = true;
+  for (int64_t k = 0; k < item.kept; ++k) {
+    const int64_t f = idx[k];
+    STD_TORCH_CHECK(f >= 0 && f < item.full, op, ": idx[", i, "][", k, "] is ", f, "; allowed are 0 .. ", item.full - 1,
+                    " (size ", item.full, " along the indexed dim)");
+    increasing = increasing && (k == 0 || f > idx[k - 1]);
+    arrays.index[static_cast<size_t>(k)] = static_cast<int32_t>(f);
+    if (!scatter) continue;
+    STD_TORCH_CHECK(slot[static_cast<size_t>(f)] < 0, op, ": idx[", i, "] has ", f, " at positions ",
+                    slot[static_cast<size_t>(f)], " and ", k, "; its values must be unique");
+    slot[static_cast<size_t>(f)] = static_cast<int32_t>(k);
+  }
+  if (job.columns && increasing) {
+    arrays.mask.assign(static_cast<size_t>(item.full / 64 + 1), 0);
+    for (int32_t f : arrays.index) arrays.mask[static_cast<size_t>(f / 64)] |= uint64_t{1} << (f % 64);
+    job.mask = arrays.mask.data();
+  }
+  if (scatter && !job.columns) arrays.index = std::move(slot);
+  job.index = arrays.index.data();
+}
+
+// The scale of scattered columns in the positions of the full row.
+template <class C>
+void spread_scale(const RowsItem& item, const RowsJob& job, JobArrays& arrays) {
+  arrays.scale.assign(static_cast<size_t>(item.full) * sizeof(C), 0);
+  auto* full = reinterpret_cast<C*>(arrays.scale.data());
+  const auto* scale = static_cast<const C*>(item.scale->const_data_ptr());
+  for (int64_t k = 0; k < item.kept; ++k) full[job.index[k]] = scale[k];
+}
+
+RowsJob make_job(const char* op, size_t i, const RowsItem& item, bool scatter, JobArrays& arrays) {
+  RowsJob job{};
+  job.dtype = dtype_of(item.src.tensor);
+  const int64_t bytes = element_size(job.dtype);
+  job.columns = item.src.columns;
+  job.src = static_cast<const char*>(item.src.tensor.const_data_ptr());
+  job.src_stride = item.src.stride * bytes;
+  job.out = item.writes_out ? static_cast<char*>(item.out.mutable_data_ptr()) : nullptr;
+  const int64_t n = scatter ? item.full : item.kept;
+  job.rows = job.columns ? item.src.rows : n;
+  job.cols = job.columns ? n : item.src.cols;
+  job.kept = item.kept;
+  job.full = item.full;
+  read_idx(op, i, item, scatter, job, arrays);
+  if (item.scale) {
+    job.scale = item.scale->const_data_ptr();
+    if (scatter && job.columns) {
+      job.dtype == Dtype::f64 ? spread_scale<double>(item, job, arrays) : spread_scale<float>(item, job, arrays);
+      job.scale = arrays.scale.data();
+    }
+  }
+  if (item.has_weight) {
+    job.weight = static_cast<const char*>(item.weight.tensor.const_data_ptr());
+    job.weight_stride = item.weight.stride * bytes;
+    job.dot = item.dot.mutable_data_ptr();
+    if (job.columns) {
+      arrays.partial.resize(static_cast<size_t>(units(job) * job.cols * (job.dtype == Dtype::f64 ? 8 : 4)));
+      job.partial = arrays.partial.data();
+    }
+  }
+  return job;
+}
+
+// Memory traffic of one unit: what the work is divided by.
+int64_t unit_bytes(const RowsJob& job, bool scatter) {
+  const int64_t full = job.cols, kept = job.columns ? job.kept : job.cols;
+  const int64_t read = job.columns && !scatter ? job.full : kept;
+  return unit_rows(job) * element_size(job.dtype) * (full + read + (job.weight ? full : 0));
+}
+
+// Bytes of the last-level cache, from sysfs: sysconf adds up the caches of all sockets on some virtual machines.
+int64_t last_level_cache() {
+  static const int64_t bytes = [] {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t size = 0;
+    char unit = 0;
+    file >> size >> unit;
+    return size > 0 ? size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0) : int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+// Asks for large pages below a large new output. Memory fresh from the system is otherwise mapped 4 KB at a time while it
+// is written: on a virtual machine that took three times as long as the copy itself.
+void advise_large_pages(const RowsJob& job) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(job.out) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(job.out) +
+                         static_cast<uintptr_t>(job.rows * job.cols * element_size(job.dtype))) / kPage * kPage;
+  if (job.out && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)job;
+#endif
+}
+
+using Kernel = void (*)(const RowsJob&, int64_t, int64_t, bool, void*);
+
+// Divides the units of all jobs among the threads by bytes, so that one large tensor and many small ones both balance.
+void run(const std::vector<RowsJob>& jobs, bool scatter, Kernel kernel) {
+  std::vector<int64_t> start{0};  // of every job, on an axis of bytes
+  int64_t out_bytes = 0, scratch = 64;
+  for (const RowsJob& job : jobs) {
+    start.push_back(start.back() + units(job) * unit_bytes(job, scatter));
+    advise_large_pages(job);
+    if (job.out) out_bytes += job.rows * job.cols * element_size(job.dtype);
+    if (job.columns) scratch = std::max(scratch, (scratch_bytes(job) + 63) / 64 * 64);
+  }
+  const int64_t total = start.back();
+  const int64_t threads =
+      std::clamp<int64_t>(total / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+  const bool stream = out_bytes > last_level_cache();
+  const std::unique_ptr<char[]> rows(new char[static_cast<size_t>(scratch * threads)]);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t begin = total / threads * t, end = t + 1 == threads ? total : total / threads * (t + 1);
+      for (size_t i = 0; i < jobs.size(); ++i) {
+        if (start[i] >= end || start[i + 1] <= begin) continue;
+        // A unit belongs to the thread in whose share it starts.
+        const int64_t unit = unit_bytes(jobs[i], scatter);
+        const auto first_from = [&](int64_t at) { return (std::max<int64_t>(at - start[i], 0) + unit - 1) / unit; };
+        const int64_t from = first_from(begin), to = std::min(first_from(end), units(jobs[i]));
+        if (from < to) kernel(jobs[i], from, to, stream, rows.get() + t * scratch);
+      }
+    }
+  });
+}
+
+Tensors gather_rows_cpu(Tensors src, Tensors idx, Tensors scale, std::vector<int64_t> dim) {
+  const std::vector<RowsItem> items = gather_items(src, idx, scale, dim, false);
+  std::vector<JobArrays> arrays(items.size());
+  std::vector<RowsJob> jobs;
+  Tensors out;
+  for (size_t i = 0; i < items.size(); ++i) {
+    jobs.push_back(make_job("gather_rows", i, items[i], false, arrays[i]));
+    out.push_back(items[i].out);
+  }
+  run(jobs, false, PPNET_PICK(gather_rows));
+  return out;
+}
+
+std::tuple<Tensors, Tensors> scatter_rows_cpu(Tensors grad, Tensors idx, Tensors scale, std::vector<int64_t> dim,
+                                              std::vector<int64_t> size, Tensors weight) {
+  const std::vector<RowsItem> items = scatter_items(grad, idx, scale, dim, size, weight, false);
+  std::vector<JobArrays> arrays(items.size());
+  std::vector<RowsJob> jobs;
+  Tensors out, dot;
+  for (size_t i = 0; i < items.size(); ++i) {
+    jobs.push_back(make_job("scatter_rows", i, items[i], true, arrays[i]));
+    out.push_back(items[i].out);
+    dot.push_back(items[i].dot);
+  }
+  run(jobs, true, PPNET_PICK(scatter_rows));
+  for (const RowsJob& job : jobs)
+    if (job.partial) PPNET_PICK(reduce_dot)(job);
+  return {out, dot};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppnet, CPU, m) {
+  m.impl("gather_rows", TORCH_BOX(&gather_rows_cpu));
+  m.impl("scatter_rows", TORCH_BOX(&scatter_rows_cpu));
+}
+
+}  // namespace ppnet

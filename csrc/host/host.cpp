@@ -1,0 +1,88 @@
+// ppnet._host: what was built, what this machine has, and what its memory sustains.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#ifdef __linux__
+#include <malloc.h>
+#endif
+
+#include <climits>
+#include <fstream>
+#include <map>
+#include <string>
+#include <thread>
+
+#include "bandwidth.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PPNET_COMPILER;
+  info["isas"] = PPNET_ISAS;
+  info["torch"] = PPNET_TORCH_BUILD;
+  info["cuda_archs"] = PPNET_CUDA_ARCHS;
+  info["cuda_reason"] = PPNET_CUDA_WHY;
+  info["nvcc"] = PPNET_NVCC;
+  return info;
+}
+
+// Bytes of each cache of the first processor; 0 where the system does not say. From sysfs: sysconf adds up the caches of
+// all sockets on some virtual machines.
+std::map<std::string, long> cache_sizes() {
+  std::map<std::string, long> sizes{{"l1d", 0}, {"l2", 0}, {"l3", 0}};
+  const std::pair<const char*, const char*> indices[] = {{"l1d", "0"}, {"l2", "2"}, {"l3", "3"}};
+  for (const auto& [cache, index] : indices) {
+    std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/index") + index + "/size");
+    long size = 0;
+    char unit = 0;
+    if (file >> size >> unit) sizes[cache] = size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0);
+  }
+  return sizes;
+}
+
+// malloc returns large blocks to the system when they are freed and maps new ones, page fault by page fault, when the
+// next tensor of that size is made. Kept instead, they are reused: on the CPU this is worth a multiple for any operator
+// whose large output is short-lived. Returns false where the C library cannot.
+bool keep_freed_memory() {
+#ifdef M_MMAP_MAX
+  return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, INT_MAX) == 1;
+#else
+  return false;
+#endif
+}
+
+double probe(double (*run)(long, int, double), const char* name, long bytes, int threads, double seconds) {
+  if (bytes < 4096) throw py::value_error(std::string(name) + ": bytes is " + std::to_string(bytes) + ", at least 4096");
+  if (threads < 1 || threads > 1024)
+    throw py::value_error(std::string(name) + ": threads is " + std::to_string(threads) + ", allowed are 1 .. 1024");
+  py::gil_scoped_release release;
+  return run(bytes, threads, seconds);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Build and processor information, and memory bandwidth probes.";
+  m.def("build_info", &build_info, "Compiler, instruction sets, torch and CUDA architectures of the build.");
+  m.def("cache_sizes", &cache_sizes, "Bytes of the l1d, l2 and l3 caches; 0 where unknown.");
+  m.def("keep_freed_memory", &keep_freed_memory,
+        "Keep freed memory in the process for the next tensor, for the rest of the process. Whether that is possible here.");
+  m.def("cores", [] { return static_cast<int>(std::thread::hardware_concurrency()); }, "Number of logical cores.");
+  m.def(
+      "copy_bandwidth",
+      [](long bytes, int threads, double seconds) {
+        return probe(ppnet::copy_bandwidth, "copy_bandwidth", bytes, threads, seconds);
+      },
+      py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
+      "GB/s (bytes read + bytes written) of copying a buffer of `bytes` with non-temporal stores, best of the passes "
+      "made in `seconds`.");
+  m.def(
+      "read_bandwidth",
+      [](long bytes, int threads, double seconds) {
+        return probe(ppnet::read_bandwidth, "read_bandwidth", bytes, threads, seconds);
+      },
+      py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
+      "GB/s of reading a buffer of `bytes`, best of the passes made in `seconds`.");
+}

@@ -1,0 +1,62 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace ppnet {
+namespace {
+
+Isa best_isa() {
+  if (isa_supported(Isa::avx512)) return Isa::avx512;
+  if (isa_supported(Isa::avx2)) return Isa::avx2;
+  return Isa::base;
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa{best_isa()};
+  return isa;
+}
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  switch (isa) {
+    case Isa::avx512:  // the flags of ISA_FLAGS_avx512 in CMakeLists.txt
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vbmi2") &&
+             __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::base:
+      return true;
+  }
+  return false;
+#else
+  return isa == Isa::base;
+#endif
+}
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base";
+}
+
+Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+
+std::string set_isa(const std::string& name) {
+  if (name == "auto") {
+    chosen().store(best_isa());
+    return "";
+  }
+  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
+    if (name != isa_name(isa)) continue;
+    if (!isa_supported(isa)) return "this processor does not have '" + name + "'";
+    chosen().store(isa);
+    return "";
+  }
+  return "unknown instruction set '" + name + "': expected auto, base, avx2 or avx512";
+}
+
+}  // namespace ppnet

@@ -1,0 +1,67 @@
+"""ppnet: from a Hugging Face model to any size. Gates, training that skips, exact sizes, compact().
+
+The functions that share a name with their module (`wrap`, `plan`, `compact`, `inspect`) are imported here, once, after the
+modules, so that `ppnet.plan(...)` is always the function.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ppnet.checkpoint import load, save
+from ppnet.compact import compact
+from ppnet.extension import build_info
+from ppnet.gates.config import PuppetConfig
+from ppnet.inspect import inspect
+from ppnet.plan import Plan
+from ppnet.shipped import register
+from ppnet.size import plan, resize, size_curve
+from ppnet.wrap import unwrap, wrap
+
+if TYPE_CHECKING:
+    from ppnet import evaluate
+    from ppnet.report import report
+    from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
+
+__version__ = "0.1.0"
+
+# Loaded on first use: they import transformers' trainer, or plotting.
+_LAZY = {
+    "PuppetTrainer": "ppnet.train",
+    "PuppetTrainerMixin": "ppnet.train",
+    "PuppetCallback": "ppnet.train",
+    "report": "ppnet.report",
+    "evaluate": "ppnet.evaluate",
+}
+
+__all__ = [
+    "Plan",
+    "PuppetCallback",
+    "PuppetConfig",
+    "PuppetTrainer",
+    "PuppetTrainerMixin",
+    "build_info",
+    "compact",
+    "evaluate",
+    "inspect",
+    "load",
+    "plan",
+    "register",
+    "report",
+    "resize",
+    "save",
+    "size_curve",
+    "unwrap",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ppnet' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(_LAZY[name])
+    value = module if _LAZY[name] == f"ppnet.{name}" and name == "evaluate" else getattr(module, name)
+    globals()[name] = value
+    return value

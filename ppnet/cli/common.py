@@ -1,0 +1,203 @@
+"""What the commands share: options, loading, the way results leave the program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from ppnet.errors import DataError, PPNetError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Value = TypeVar("Value")
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON value to stdout and nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into an output that exists already.")]
+Metric = Annotated[str, typer.Option(help="What a size counts: params, flops or bytes.")]
+Of = Annotated[str, typer.Option(help="What a fraction is taken of: the whole model, or the gated units alone.")]
+MultipleOf = Annotated[
+    list[str] | None, typer.Option(help="Round kept widths, e.g. neuron=64 or kv_group=2; may be given for each kind.")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder; default: the model's folder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
+Sizes = Annotated[
+    str | None, typer.Option("--sizes", "--size", help="Comma-separated sizes: fractions (0.5) or absolute numbers.")
+]
+
+
+def json_value(value: Any) -> Any:
+    """The same value for JSON: paths as text, infinities and NaN as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Whatever libraries print goes to stderr: stdout is for the result."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def show(result: dict[str, Any], as_json: bool, *parts: Table | str) -> None:
+    """Writes a result to stdout: as JSON, or as text and rich tables."""
+    if as_json:
+        print(json.dumps(json_value(result), indent=1, allow_nan=False))
+        return
+    from rich.console import Console
+
+    # A pipe has no width of its own, and 80 columns would cut names short.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> Table:
+    """A rich table: the first column left-aligned, numbers right-aligned."""
+    from rich.table import Table
+
+    made = Table(title=title, caption=caption, title_justify="left")
+    for index, name in enumerate(head):
+        made.add_column(name, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def parse_size(text: str) -> float | int:
+    """A size as typed: a fraction or an absolute number.
+
+    Raises:
+        PPNetError: not a number.
+    """
+    try:
+        value = float(text.replace("_", ""))
+    except ValueError:
+        raise PPNetError(f"size: {text!r} is not a number; give a fraction such as 0.5, or an absolute number.") from None
+    return int(value) if value > 1 and value.is_integer() else value
+
+
+def parse_sizes(text: str) -> list[float | int]:
+    return [parse_size(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def parse_multiple_of(pairs: list[str] | None) -> dict[str, int] | None:
+    """``["neuron=64"]`` -> ``{"neuron": 64}``.
+
+    Raises:
+        PPNetError: not of the form kind=number.
+    """
+    if not pairs:
+        return None
+    found = {}
+    for pair in pairs:
+        kind, _, number = pair.partition("=")
+        if not number.isdigit():
+            raise PPNetError(f"multiple-of: {pair!r} must be kind=number, e.g. neuron=64.")
+        found[kind] = int(number)
+    return found
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuses to write over something that exists, unless told to.
+
+    Raises:
+        PPNetError: `path` is a file, or a folder with something in it.
+    """
+    if force or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    what = "is not empty" if path.is_dir() else "exists"
+    raise PPNetError(f"out: {path} {what}; name another output, or add --force to write there.")
+
+
+def place(device: str | None) -> str:
+    """The device asked for, or the best there is.
+
+    Raises:
+        PPNetError: an unknown device, or one this machine does not have.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PPNetError(f"device: {device!r} cannot be used here ({str(error).splitlines()[0]}); try cpu.") from error
+    return device
+
+
+def load_model(folder: Path, device: str | None = None, dtype: str | None = None) -> Any:
+    """A model of any kind (dense, with gates, compacted) in evaluation mode.
+
+    Raises:
+        CheckpointError: no such folder, or damaged. PPNetError: unknown device or dtype.
+    """
+    from ppnet.checkpoint import load
+
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        import torch
+
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise PPNetError(f"dtype: {dtype!r} is not known; use float32, bfloat16 or float16.")
+        options["dtype"] = getattr(torch, dtype)
+    return load(folder, **options).to(place(device)).eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    from ppnet.shipped import register
+
+    register()  # a compacted model's config is then known, and no code of the folder is asked for
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer.") from error
+
+
+def achieved(plan: Any) -> dict[str, Any]:
+    """What a plan costs, for people and programs: the numbers beside dense and the fractions."""
+    cost, dense = plan.cost.to_dict(), plan.dense_cost.to_dict()
+    return {
+        "source": plan.source,
+        "u": plan.u,
+        "lambda": plan.lambda_,
+        "cost": cost,
+        "dense_cost": dense,
+        "fraction": {metric: cost[metric] / dense[metric] for metric in cost},
+        "kept": {name: len(units) for name, units in plan.kept.items()},
+        "dense_units": plan.dense_units,
+    }
+
+
+def cost_table(title: str, result: dict[str, Any]) -> Table:
+    names = {"params": "parameters", "flops": "FLOPs per token", "bytes": "bytes of weights"}
+    rows = [
+        [name, f"{result['cost'][metric]:,}", f"{result['dense_cost'][metric]:,}", f"{result['fraction'][metric]:.2%}"]
+        for metric, name in names.items()
+    ]
+    return table(title, ["", "small", "dense", "of dense"], rows)

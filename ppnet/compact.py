@@ -1,0 +1,237 @@
+"""Compaction: a new, smaller, ordinary Hugging Face model that keeps only the units of a plan.
+
+Removing whole units changes the sizes of linear modules and a few integer attributes; forwards stay upstream's. Where
+all layers keep equally many units and the stock class can say so, the result has the stock class. Otherwise it has the
+class of a shipped modelling file (`ppnet.shipped`) and a config with `per_layer_config`, so that plain
+`save_pretrained` is right.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppnet.equivalence import check_equivalent
+from ppnet.errors import EquivalenceError, PlanError, PPNetError
+from ppnet.families import FAMILIES
+from ppnet.plan import Plan
+from ppnet.shipped import shipped
+from ppnet.size import plan as plan_for_size
+from ppnet.units import Leaf, Site, Structure
+from ppnet.wrap import is_wrapped, strip, structure_for
+
+Scales = Sequence[tuple[Tensor | None, Tensor | None]]
+
+
+def compact(
+    model: nn.Module,
+    size_or_plan: Any,
+    *,
+    check: bool = True,
+    metric: str = "params",
+    **plan_kwargs: Any,
+) -> Any:
+    """A new, smaller model holding the units that a plan keeps. The given model is not changed.
+
+    Works on models with gates (`ppnet.wrap`), whose amplitudes at the plan's u are folded into the weights in float32,
+    and on models that never had any. Weights keep their dtype, device and `requires_grad`; tied embeddings stay tied.
+    Peak memory is the dense plus the small model. The plan is attached as ``result.ppnet_plan``.
+
+    Args:
+        model: a `PreTrainedModel` of a supported family.
+        size_or_plan: a `Plan`, or a size that ``ppnet.plan(model, size, metric=metric, **plan_kwargs)`` accepts.
+        check: compare the logits of the result with those of the masked dense model on random tokens
+            (`ppnet.equivalence`): at most 1e-5 of the largest logit apart in float32.
+        metric: what a size means: ``params``, ``flops`` or ``bytes``.
+        **plan_kwargs: further arguments of `ppnet.plan`.
+
+    Raises:
+        UnsupportedModelError: unknown family, adapters, quantised modules, already compacted, or a head that the
+            shipped classes do not have.
+        PlanError: the plan is of another model.
+        SizeError: the size cannot be met.
+        EquivalenceError: the result does not reproduce the masked model.
+    """
+    plan = _plan(model, size_or_plan, metric, plan_kwargs)
+    structure = planned_structure(model, plan)
+    small = _copy_kept(model, structure, plan, _scales(model, structure, plan))
+    _fit_config(small, structure, plan)
+    small.ppnet_plan = plan
+    if check:
+        check_equivalent(model, small, structure, plan)
+    return small
+
+
+def planned_structure(model: nn.Module, plan: Plan) -> Structure:
+    """The sites of a model that a plan speaks of: a model may have been gated in one kind of unit only.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    structure = structure_for(model)
+    kinds = {name.rpartition(".")[2] for name in plan.dense_units}
+    structure = replace(structure, sites=tuple(site for site in structure.sites if site.kind in kinds))
+    plan.check(structure)
+    return structure
+
+
+def _plan(model: nn.Module, size_or_plan: Any, metric: str, plan_kwargs: dict[str, Any]) -> Plan:
+    if not isinstance(size_or_plan, Plan):
+        return plan_for_size(model, size_or_plan, metric=metric, **plan_kwargs)
+    if plan_kwargs or metric != "params":
+        given = ", ".join([*(["metric"] if metric != "params" else []), *plan_kwargs])
+        raise PPNetError(
+            f"{given}: only used to make a plan from a size; size_or_plan is already a Plan, so leave it out."
+        )
+    return size_or_plan
+
+
+def _scales(model: nn.Module, structure: Structure, plan: Plan) -> Scales:
+    """Per site the amplitudes at the plan's u: (per unit ``(U,)`` or None, per input dimension ``(D,)`` or None)."""
+    if is_wrapped(model):
+        puppet: Any = model.puppet
+        if len(puppet.structure.sites) != len(structure.sites):
+            raise PlanError(
+                f"plan: speaks of {len(structure.sites)} sites, the model's gates of {len(puppet.structure.sites)}; "
+                "make the plan from the gated model with ppnet.plan(model, size)."
+            )
+        return puppet.scales(plan.u)
+    if plan.u > 0.0:
+        warnings.warn(
+            f"The plan was made from gates at u = {plan.u:.4g}, but the model has none: amplitudes that were trained "
+            "with the gates cannot be folded in. Load the gated model with ppnet.load(folder) to keep them.",
+            stacklevel=3,
+        )
+    return [(None, None)] * len(structure.sites)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _units_of_features(leaf: Leaf, units: Tensor) -> Tensor:
+    """Which unit each feature of `leaf.features(units)` belongs to: int64 ``(K * r,)``."""
+    return torch.cat([units.repeat_interleave(width) for width in leaf.blocks])
+
+
+def _kept_parameter(parameter: nn.Parameter, dim: int, features: Tensor, factors: dict[int, Tensor]) -> nn.Parameter:
+    """A parameter with the given features of one axis, multiplied per axis in at least float32, in its own dtype."""
+    kept = parameter.detach().index_select(dim, features.to(parameter.device))
+    if factors:
+        wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
+        for axis, factor in factors.items():
+            shape = [-1 if position == axis else 1 for position in range(wide.dim())]
+            wide = wide * factor.to(wide).view(shape)
+        kept = wide.to(kept.dtype)
+    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+def _kept_parameters(
+    model: nn.Module, site: Site, units: Tensor, scales: tuple[Tensor | None, Tensor | None]
+) -> dict[int, nn.Parameter]:
+    """Small versions of a site's parameters: ``id(dense parameter) -> small parameter``."""
+    unit_scale, input_scale = scales
+    small: dict[int, nn.Parameter] = {}
+    for leaf in site.leaves:
+        module: Any = model.get_submodule(leaf.name)
+        features = leaf.features(units)
+        factors: dict[int, Tensor] = {}
+        if leaf is site.consumer:
+            if unit_scale is not None:
+                factors[leaf.weight_dim] = unit_scale[_units_of_features(leaf, units).to(unit_scale.device)]
+        else:
+            if input_scale is not None:
+                factors[1 - leaf.weight_dim] = input_scale
+            if module.bias is not None:
+                small[id(module.bias)] = _kept_parameter(module.bias, 0, features, {})
+        small[id(module.weight)] = _kept_parameter(module.weight, leaf.weight_dim, features, factors)
+    return small
+
+
+def _state_feature_count(module: Any) -> None:
+    """Lets a linear module's own record of its size follow its weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    else:
+        module.nx, module.nf = module.weight.shape
+
+
+@torch.no_grad()
+def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scales) -> Any:
+    """A deep copy in which the leaves are small from the start: dense leaves are never copied."""
+    # deepcopy takes what the memo already holds, so a dense parameter is replaced by its small version on the way. It
+    # also keeps the memo's values alive and every tie between modules (embeddings, the shared config).
+    memo: dict[int, Any] = {}
+    for site, scale in zip(structure.sites, scales, strict=True):
+        memo.update(_kept_parameters(model, site, torch.tensor(plan.kept[site.name]), scale))
+    small = copy.deepcopy(model, memo)
+    if is_wrapped(small):
+        strip(small)
+    for site in structure.sites:
+        for leaf in site.leaves:
+            _state_feature_count(small.get_submodule(leaf.name))
+        for name, value in site.attributes(len(plan.kept[site.name])).items():
+            setattr(small.get_submodule(site.block), name, value)
+    return small
+
+
+# ---- class and config ------------------------------------------------------------------------------------------------
+
+
+def _fit_config(small: Any, structure: Structure, plan: Plan) -> None:
+    """Gives the small model a class and config that say its widths: stock where possible, else shipped."""
+    config = small.config
+    family = FAMILIES[structure.model_type]
+    removed = [site for site in structure.sites if len(plan.kept[site.name]) < site.units]
+    if not removed:
+        return
+    layers: dict[int, dict[str, int]] = {}
+    for site in structure.sites:
+        layers.setdefault(site.layer, {}).update(family.per_layer_keys(site, len(plan.kept[site.name]), config))
+    # Once heads go, the head width no longer follows from the model's width and its number of heads.
+    stated = {}
+    for site in removed:
+        if site.kind == "kv_group" and hasattr(small.get_submodule(site.block), "head_dim"):
+            stated["head_dim"] = int(small.get_submodule(site.block).head_dim)
+    uniform = all(entries == layers[0] for entries in layers.values())
+    if uniform and all(family.stock_expressible(site, config) for site in removed):
+        numbers = {**stated, **layers[0]}
+        if _stock_reproduces(small, numbers):
+            for name, value in numbers.items():
+                setattr(config, name, value)
+            return
+    classes = shipped(structure.model_type)
+    target = classes.for_stock(type(small))
+    for name, value in stated.items():
+        setattr(config, name, value)
+    # The class is swapped on the one config object that every module points at; a copy would go stale in attention.
+    config.__class__ = classes.config
+    config.auto_map = classes.auto_map
+    config.per_layer_config = layers
+    small.__class__ = target
+    if not _same_shapes(small, target, copy.deepcopy(config)):
+        raise EquivalenceError(
+            f"model: {target.__name__} built from the new config has other shapes than the compacted weights; the "
+            f"family {family.name!r} and ppnet/shipped/modeling_ppnet_{family.name}.py disagree on per_layer_config."
+        )
+
+
+def _stock_reproduces(small: Any, numbers: dict[str, int]) -> bool:
+    """Whether the stock class, built from a config with the new numbers, has exactly the small model's shapes."""
+    dense = small.config.to_dict()
+    try:
+        return _same_shapes(small, type(small), type(small.config).from_dict({**dense, **numbers}))
+    except Exception:  # config validators and stock constructors refuse widths with several exception types
+        return False
+
+
+def _same_shapes(small: Any, target: type, config: Any) -> bool:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        built = target(config)
+    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (built, small)]
+    return shapes[0] == shapes[1]

@@ -1,0 +1,176 @@
+"""The run-time check of compaction: the small model's logits against those of the masked dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppnet.errors import EquivalenceError
+from ppnet.plan import Plan
+from ppnet.size import resize
+from ppnet.units import Structure
+from ppnet.wrap import is_wrapped
+
+# Largest difference of logits as a fraction of the largest logit. In float32 both models add the same non-zero products
+# in another order. Half precision rounds every activation: eight units in the last place stand for a deep model's.
+FLOAT32_TOLERANCE = 1e-5
+HALF_ROUNDINGS = 8
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative difference of logits that rounding alone explains."""
+    if dtype in (torch.float32, torch.float64):
+        return FLOAT32_TOLERANCE
+    return HALF_ROUNDINGS * torch.finfo(dtype).eps
+
+
+@contextmanager
+def masked(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    scales: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+) -> Iterator[None]:
+    """Forwards inside multiply dropped units by zero, at dense cost: the definition that compaction must reproduce.
+
+    It shares no code with the slicing: hooks multiply what enters each consumer (and, with `scales`, what enters each
+    producer). For models without gates.
+
+    Args:
+        scales: per site (unit scale ``(U,)`` or None, input scale ``(D,)`` or None).
+    """
+    handles = []
+
+    def multiply(name: str, factor: Tensor) -> None:
+        module: Any = model.get_submodule(name)
+        factor = factor.to(module.weight)
+        handles.append(module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factor, *inputs[1:])))
+
+    try:
+        for site, (unit_scale, input_scale) in zip(
+            structure.sites, scales or [(None, None)] * len(structure.sites), strict=True
+        ):
+            keep = torch.zeros(site.units)
+            keep[plan.kept[site.name]] = 1.0
+            per_unit = keep if unit_scale is None else keep * unit_scale.detach().float().cpu()
+            factor = torch.zeros(site.consumer.index.numel())
+            factor[site.consumer.index] = per_unit[:, None].expand(site.consumer.index.shape)
+            multiply(site.consumer.name, factor)
+            if input_scale is not None:
+                for leaf in site.producers:
+                    multiply(leaf.name, input_scale.detach())
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _reference(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]:
+    """The model as the plan masks it: by its gates if it has any, else by hooks."""
+    if is_wrapped(model):
+        with resize(model, plan):
+            yield
+    else:
+        with masked(model, structure, plan):
+            yield
+
+
+@contextmanager
+def _plain_evaluation(*models: nn.Module) -> Iterator[None]:
+    """No dropout, no autocast, no reduced-precision matrix products; every flag is restored."""
+    training = {module: module.training for model in models for module in model.modules()}
+    precision = torch.get_float32_matmul_precision()
+    device = next(models[0].parameters()).device.type
+    try:
+        for model in models:
+            model.eval()
+        torch.set_float32_matmul_precision("highest")
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _batches(model: Any, structure: Structure) -> list[dict[str, Tensor]]:
+    """Random token ids: three full sequences, and three of different lengths padded on the left."""
+    length = min(24, int(getattr(model.config, "max_position_embeddings", None) or 24))
+    source = torch.Generator().manual_seed(0)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.randint(structure.vocabulary, (3, length), generator=source)
+    mask = torch.ones_like(ids)
+    for row in range(1, 3):
+        mask[row, : row * length // 3] = 0
+    full = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {"input_ids": ids.flip(0), "attention_mask": mask}
+    return [{name: value.to(device) for name, value in batch.items()} for batch in (full, padded)]
+
+
+def _run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
+    return model(**batch, use_cache=False, return_dict=True, **options)
+
+
+def _answer(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits (last hidden states of a model without a head) of the tokens that are not padding, in float32."""
+    values = output.logits if "logits" in output else output.last_hidden_state
+    if values.shape[:2] == batch["attention_mask"].shape:
+        values = values[batch["attention_mask"].bool().to(values.device)]
+    return values.detach().float()
+
+
+def _distance(expected: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest magnitude; nan when either holds a nan or infinity."""
+    return float((expected - found.to(expected.device)).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def check_equivalent(model: Any, small: Any, structure: Structure, plan: Plan) -> float:
+    """Compares a compacted model with the masked dense one on random tokens, padded and not, in evaluation mode.
+
+    float32 and float64 models must agree to 1e-5 of the largest logit. Half-precision models are compared in their own
+    dtype, to 8 of its rounding units: float32 copies of a large model would not fit where the model does. To check one
+    to 1e-5, compact ``model.float()``.
+
+    Returns:
+        The largest difference relative to the largest logit.
+
+    Raises:
+        EquivalenceError: they differ by more; names the layer where hidden states first diverge.
+    """
+    allowed = tolerance(small.dtype)
+    worst = 0.0
+    with _plain_evaluation(model, small):
+        for batch in _batches(model, structure):
+            with _reference(model, structure, plan):
+                expected = _answer(_run(model, batch), batch)
+            distance = _distance(expected, _answer(_run(small, batch), batch))
+            if not distance <= allowed:
+                raise EquivalenceError(
+                    f"compact: logits differ from the masked model's by {distance:.3g} of the largest logit (allowed "
+                    f"{allowed:.3g} in {str(small.dtype).removeprefix('torch.')}); "
+                    f"{_divergence(model, small, structure, plan, batch, allowed)}. The given model is unchanged. "
+                    "If its logits are finite, the family's site table is at fault: please report it with the config."
+                )
+            worst = max(worst, distance)
+    return worst
+
+
+def _divergence(
+    model: Any, small: Any, structure: Structure, plan: Plan, batch: dict[str, Tensor], allowed: float
+) -> str:
+    """Where two models part, in words."""
+    with _reference(model, structure, plan):
+        expected = _run(model, batch, output_hidden_states=True).hidden_states
+    found = _run(small, batch, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    for layer, (left, right) in enumerate(zip(expected, found, strict=True)):
+        distance = _distance(left[real].float(), right[real].float())
+        if not distance <= allowed:
+            place = "the embeddings" if layer == 0 else f"layer {layer - 1}"
+            return f"hidden states first differ after {place}, by {distance:.3g} of their largest value"
+    return "hidden states agree in every layer, so the output head differs"

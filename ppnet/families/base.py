@@ -1,0 +1,116 @@
+"""The family protocol and its registry.
+
+A family *names tensors*: for each decoder layer it returns sites made of leaves (`ppnet.units`). It never copies a
+forward: removing whole units only changes the sizes of linear modules and a few integer attributes, so the upstream
+forward keeps working. To add a family, add one file to this folder with one `@register("model_type", ...)` function and
+one `tiny_config`; discovery, tests, masks, costs and compaction follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppnet.errors import UnsupportedModelError
+from ppnet.units import Leaf, Site, Structure
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one group of model types is laid out.
+
+    Attributes:
+        name: the family's name, also the stem of the shipped modelling file.
+        model_types: the `config.model_type` values it covers.
+        sites: model -> its sites.
+        tiny_configs: model type -> config of a tiny random model, for tests.
+        per_layer_keys: kind -> function (kept units, dense site) -> the config entries that describe the kept width.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    sites: Callable[[nn.Module], tuple[Site, ...]]
+    tiny_configs: Callable[[str], dict[str, Any]]
+    per_layer_keys: Callable[[Site, int, Any], Mapping[str, int]]
+    stock_expressible: Callable[[Site, Any], bool]
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Adds a family to the registry: one entry per model type."""
+    for model_type in family.model_types:
+        FAMILIES[model_type] = family
+    return family
+
+
+def consecutive(units: int, width: int, start: int = 0) -> Tensor:
+    """Index table of units that own `width` consecutive features each: int64 ``(units, width)``."""
+    return torch.arange(units * width).view(units, width) + start
+
+
+def linear_leaf(model: nn.Module, name: str, role: str, index: Tensor, blocks: tuple[int, ...] = ()) -> Leaf:
+    """A leaf for an `nn.Linear` or a transformers `Conv1D`.
+
+    Raises:
+        UnsupportedModelError: the module is a subclass that computes something else (quantised, LoRA, tensor parallel).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    module = model.get_submodule(name)
+    produces = role != "out"
+    if type(module) is nn.Linear:
+        return Leaf(name, index, 0 if produces else 1, role, blocks)
+    if type(module) is Conv1D:
+        return Leaf(name, index, 1 if produces else 0, role, blocks)
+    raise UnsupportedModelError(
+        f"model: {name} is a {type(module).__module__}.{type(module).__name__}; only torch.nn.Linear and transformers "
+        "Conv1D can be gated. Dequantise the model, or merge adapters first (model = model.merge_and_unload())."
+    )
+
+
+def structure_of(model: nn.Module) -> Structure:
+    """Finds the units of a model.
+
+    Raises:
+        UnsupportedModelError: no config, an unknown model type, or a model that was already compacted.
+    """
+    import ppnet.families  # noqa: F401  (registers every family of the folder)
+
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} has no config.model_type; ppnet needs a Hugging Face PreTrainedModel."
+        )
+    if model_type.startswith("ppnet_"):
+        raise UnsupportedModelError(
+            f"model: config.model_type is {model_type!r}, so this model was already compacted and its layers have "
+            "different widths. Wrap or compact the dense model it came from; a compacted model can be trained as it is."
+        )
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"model: config.model_type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
+            "To add a family, add one file to ppnet/families/ (see ppnet/families/base.py)."
+        )
+    if hasattr(model, "peft_config"):
+        raise UnsupportedModelError(
+            "model: PEFT adapters are attached, and gates placed below them would not gate the adapter path. "
+            "Merge them first: model = model.merge_and_unload()."
+        )
+    sites = family.sites(model)
+    embeddings = model.get_input_embeddings().weight
+    return Structure(
+        family=family.name,
+        model_type=model_type,
+        layers=1 + max(site.layer for site in sites),
+        width=int(embeddings.shape[1]),
+        vocabulary=int(embeddings.shape[0]),
+        sites=sites,
+    )

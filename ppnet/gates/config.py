@@ -1,0 +1,143 @@
+"""Options of a puppet: the gates' form, how masks and lambda are drawn, how gate gradients are estimated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from ppnet.errors import PPNetError
+from ppnet.units import KINDS
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "hierarchy": ("independent", "pooled"),
+    "gate_gradient": ("sampled", "exact"),
+    "lambda_distribution": ("exponential", "uniform_u"),
+}
+
+
+@dataclass
+class PuppetConfig:
+    """What `ppnet.wrap` attaches. The defaults suit pretrained models; ``preset="paper"`` is the published form.
+
+    Args:
+        preset: ``"default"`` or ``"paper"``. The paper's form fixes importance to the row norm, trains the first control
+            point of every amplitude spline, lets the penalty shape the weights through the norm, decays gates like
+            weights and gives them the weights' learning rate. Explicit arguments win over the preset.
+        kinds: which units are gated: ``"kv_group"`` (one KV head with its query heads; heads under MHA), ``"neuron"``.
+        importance: name of a registered importance (`ppnet.gates.importance`): ``"scale_free"`` or ``"row_norm"``.
+        train_importance: whether gradients flow from the gates into the weights through the importance.
+        temperature: T of the inclusion probability and of the first control point, c_0 = -1/T.
+        control_points: n, control points of every spline.
+        degree: degree of the clamped B-splines.
+        amplitudes: whether the amplitude terms f^gate, f^out, f^in are trained.
+        pin_dense: whether amplitudes are exactly 1 at lambda = 0, so that the dense pass is the model itself.
+        hierarchy: ``"independent"`` threshold splines per layer and kind, or ``"pooled"``: each kind's layers share a
+            mean spline from which they deviate by a learned, half-normally shrunk scale.
+        pooled_scale: scale of the half-normal hyperprior of the pooled deviations.
+        gate_gradient: straight-through gradient of dropped units: ``"sampled"`` (unbiased, on a random fraction of the
+            tokens) or ``"exact"`` (all tokens).
+        sampled_fraction: the fraction of tokens (neurons) or sequences (KV groups) that ``"sampled"`` uses.
+        dense_fraction: probability that a training pass is dense (lambda = 0).
+        lambda_distribution: ``"exponential"``: lambda ~ Exp(lambda_rate); ``"uniform_u"``: u = lambda / (lambda + 1)
+            uniform on [0, u_max].
+        lambda_rate: rate (inverse mean) of the exponential distribution.
+        u_max: upper end of ``"uniform_u"``.
+        lambda_warmup: optimizer steps over which drawn lambdas are scaled up linearly from 0.
+        penalty: weight of the cost penalty lambda * rho_bar(lambda).
+        distill: weight in [0, 1] of in-place distillation: gated passes learn from the model's own dense pass.
+        distill_temperature: temperature of that distillation.
+        gate_lr: learning rate of the gates; None: `ppnet.train.param_groups` decides.
+        decay_gates: whether weight decay applies to gate parameters.
+        align: kept units per neuron site are computed in multiples of this (the extra ones have gate 0, which is exact).
+        seed: seed of the counter-based draws of lambda, masks and token samples.
+
+    Raises:
+        PPNetError: a value outside what is allowed.
+    """
+
+    preset: str = "default"
+    kinds: tuple[str, ...] = KINDS
+    importance: str | None = None
+    train_importance: bool | None = None
+    temperature: float = 0.5
+    control_points: int = 10
+    degree: int = 3
+    amplitudes: bool = True
+    pin_dense: bool | None = None
+    hierarchy: str = "independent"
+    pooled_scale: float = 1.0
+    gate_gradient: str = "sampled"
+    sampled_fraction: float = 0.125
+    dense_fraction: float = 1.0 / 3.0
+    lambda_distribution: str = "exponential"
+    lambda_rate: float | None = None
+    u_max: float = 0.9
+    lambda_warmup: int = 0
+    penalty: float = 1.0
+    distill: float | None = None
+    distill_temperature: float = 1.0
+    gate_lr: float | None = None
+    decay_gates: bool | None = None
+    align: int = 8
+    seed: int = 0
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "default": {
+            "importance": "scale_free",
+            "train_importance": False,
+            "pin_dense": True,
+            "lambda_rate": 1.0,
+            "distill": 0.5,
+            "decay_gates": False,
+        },
+        "paper": {
+            "importance": "row_norm",
+            "train_importance": True,
+            "pin_dense": False,
+            "lambda_rate": 0.3,
+            "distill": 0.0,
+            "decay_gates": True,
+        },
+    }
+
+    def __post_init__(self) -> None:
+        if self.preset not in self.PRESETS:
+            raise PPNetError(f"preset: {self.preset!r} is not known; use one of {', '.join(self.PRESETS)}.")
+        for name, value in self.PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.kinds = tuple(self.kinds)
+        if not self.kinds or any(kind not in KINDS for kind in self.kinds):
+            raise PPNetError(f"kinds: {self.kinds!r} must name at least one of {KINDS}.")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise PPNetError(f"{name}: {getattr(self, name)!r} is not known; use one of {', '.join(allowed)}.")
+        self._check_range("temperature", self.temperature > 0, "> 0")
+        self._check_range("degree", self.degree >= 1, ">= 1")
+        self._check_range("control_points", self.control_points > self.degree, f"> degree ({self.degree})")
+        self._check_range("sampled_fraction", 0 < self.sampled_fraction <= 1, "in (0, 1]")
+        self._check_range("dense_fraction", 0 <= self.dense_fraction < 1, "in [0, 1)")
+        self._check_range("lambda_rate", self.lambda_rate is not None and self.lambda_rate > 0, "> 0")
+        self._check_range("u_max", 0 < self.u_max < 1, "in (0, 1)")
+        self._check_range("distill", self.distill is not None and 0 <= self.distill <= 1, "in [0, 1]")
+        self._check_range("align", self.align >= 1, ">= 1")
+
+    def _check_range(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise PPNetError(f"{name}: {getattr(self, name)!r} must be {allowed}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "kinds": list(self.kinds)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PuppetConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            PPNetError: an unknown option (written by a newer ppnet).
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise PPNetError(f"config: unknown options {unknown}; they may come from a newer ppnet.")
+        return cls(**data)

@@ -1,0 +1,66 @@
+"""Random choices of training: lambda, masks and token samples, all from a counter, so that a resumed run repeats them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppnet.gates.config import PuppetConfig
+from ppnet.units import Structure
+
+
+@dataclass
+class Draw:
+    """One training pass.
+
+    Attributes:
+        u: lambda / (lambda + 1).
+        number: which draw it is; seeds the token samples of its backward.
+        mask: ``(U,)`` bool on the CPU, or None for a dense pass.
+        gate: ``(U,)`` z = m~ * f^out with its autograd graph, or None when every gate is exactly 1.
+        input_scale: ``(M, D)`` f^in with its graph, or None when it is exactly 1.
+    """
+
+    u: float
+    number: int
+    mask: Tensor | None
+    gate: Tensor | None
+    input_scale: Tensor | None
+
+
+def generator(seed: int, number: int, purpose: str = "draw") -> torch.Generator:
+    """A CPU generator that depends only on its arguments (the same on every rank and after every resume)."""
+    digest = hashlib.blake2b(f"{seed}/{number}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw_lambda(config: PuppetConfig, progress: int, source: torch.Generator) -> float:
+    """lambda of one pass: 0 with probability `dense_fraction`, else from `lambda_distribution`, scaled in the warm-up."""
+    dense, position = torch.rand(2, generator=source, dtype=torch.float64).tolist()
+    if dense < config.dense_fraction:
+        return 0.0
+    if config.lambda_distribution == "uniform_u":
+        u = position * config.u_max
+        lambda_ = u / (1.0 - u)
+    else:
+        lambda_ = -math.log1p(-position) / float(config.lambda_rate or 1.0)
+    if config.lambda_warmup > 0:
+        lambda_ *= min(1.0, (progress + 1) / config.lambda_warmup)
+    return lambda_
+
+
+def draw_masks(rho: Tensor, structure: Structure, source: torch.Generator) -> Tensor:
+    """Bernoulli(rho) masks with at least one unit per site: ``(U,)`` bool.
+
+    A site that draws nothing keeps its most probable unit.
+    """
+    mask = torch.rand(rho.shape, generator=source, dtype=torch.float64) < rho.double()
+    offsets = structure.offsets()
+    for start, stop in zip(offsets, offsets[1:], strict=False):
+        if not mask[start:stop].any():
+            mask[start + int(rho[start:stop].argmax())] = True
+    return mask

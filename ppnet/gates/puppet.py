@@ -1,0 +1,329 @@
+"""The one container of all gate parameters, `model.puppet`, and the gates' closed forms (DESIGN section 2).
+
+All units of all sites live in one flat vector, so that thresholds, inclusion probabilities, masks and penalties of the
+whole model are a handful of vector operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppnet.cost import CostModel
+from ppnet.gates.config import PuppetConfig
+from ppnet.gates.draw import Draw, draw_lambda, draw_masks, generator
+from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
+from ppnet.gates.spline import basis
+from ppnet.plan import Plan, make_plan
+from ppnet.units import Structure
+
+
+class Puppet(nn.Module):
+    """Gates of a model: S sites, U units in all, D model width, n control points.
+
+    Parameters (float32, whatever the model's dtype):
+        theta ``(S, n - 1)``: increments of the threshold splines before softplus, when ``hierarchy="independent"``.
+        theta_kind ``(kinds, n - 1)``, eta ``(S, n - 1)``, log_sigma ``(kinds,)``: theta = theta_kind + sigma * eta, when
+            ``hierarchy="pooled"`` (non-centred, so that the posterior mode exists).
+        s_gate, s_out ``(U,)``, s_in ``(M, D)``: amplitude exponents per unit, and per input dimension of the M MLPs.
+        u_gate, u_out ``(S, n)``, u_in ``(M, n)``: control points of the amplitudes' splines.
+    Buffers:
+        draws ``()`` int64: training draws made so far; with `config.seed` it determines every random choice.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, costs: CostModel, config: PuppetConfig) -> None:
+        super().__init__()
+        # In __dict__, so that the model does not become a submodule of its own submodule.
+        self.__dict__["root"] = model
+        self.config = config
+        self.structure = structure
+        self.costs = costs
+        self.progress = 0
+        self.last_lambda = 0.0
+        self._lambdas: list[float] = []
+        self._tokens = 1_000_000
+        self._draw_count: int | None = None
+        self._importance: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        device = next(model.parameters()).device
+        sites, units, n = len(structure.sites), structure.total_units, config.control_points
+        kinds = sorted({site.kind for site in structure.sites})
+        site_of_unit = torch.repeat_interleave(torch.arange(sites), torch.tensor([s.units for s in structure.sites]))
+        kind_of_site = torch.tensor([kinds.index(site.kind) for site in structure.sites])
+        flops = torch.tensor([cost.flops * s.units for cost, s in zip(costs.unit, structure.sites, strict=True)]).double()
+        self.register_buffer("site_of_unit", site_of_unit.to(device), persistent=False)
+        self.register_buffer("kind_of_site", kind_of_site.to(device), persistent=False)
+        self.register_buffer("flops_share", (flops / flops.sum()).float().to(device), persistent=False)
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
+        self.mlp_sites = [index for index, site in enumerate(structure.sites) if site.kind == "neuron"]
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, device=device))
+
+        if config.hierarchy == "pooled":
+            self.theta_kind = parameter(len(kinds), n - 1)
+            self.eta = parameter(sites, n - 1)
+            self.log_sigma = nn.Parameter(torch.full((len(kinds),), math.log(0.1), device=device))
+        else:
+            self.theta = parameter(sites, n - 1)
+        if config.amplitudes:
+            self.s_gate, self.s_out = parameter(units), parameter(units)
+            self.s_in = parameter(len(self.mlp_sites), structure.width)
+            line = torch.linspace(0.0, 1.0, n, device=device)
+            self.u_gate = nn.Parameter(line.repeat(sites, 1))
+            self.u_out = nn.Parameter(line.repeat(sites, 1))
+            self.u_in = nn.Parameter(line.repeat(len(self.mlp_sites), 1))
+
+    # ---- closed forms -------------------------------------------------------------------------------------------
+
+    def control_points(self) -> Tensor:
+        """Threshold control points ``(S, n)``: c_0 = -1/T, c_k = c_{k-1} + softplus(theta_k); increasing."""
+        if self.config.hierarchy == "pooled":
+            theta = self.theta_kind[self.kind_of_site] + self.log_sigma.exp()[self.kind_of_site, None] * self.eta
+        else:
+            theta = self.theta
+        first = theta.new_full((theta.shape[0], 1), -1.0 / self.config.temperature)
+        return torch.cat([first, first + nn.functional.softplus(theta).cumsum(dim=1)], dim=1)
+
+    def _basis(self, u: float) -> Tensor:
+        return basis(u, self.config.control_points, self.config.degree).to(self.flops_share)
+
+    def threshold(self, u: float) -> Tensor:
+        """tau(lambda) of every site at u = lambda / (lambda + 1): ``(S,)``, non-decreasing in u."""
+        return self.control_points() @ self._basis(u)
+
+    def _amplitude_position(self, control_points: Tensor, u: float) -> Tensor:
+        """Value of amplitude splines at u: ``(rows,)``. Pinned splines start at 0, so amplitudes are 1 at lambda = 0."""
+        row = self._basis(u)
+        if self.config.pin_dense:
+            row = torch.cat([row.new_zeros(1), row[1:]])
+        return control_points @ row
+
+    def gate_amplitude(self, u: float) -> Tensor:
+        """f^gate of every unit: ``(U,)``."""
+        if not self.config.amplitudes:
+            return torch.ones_like(self.site_of_unit, dtype=self.flops_share.dtype)
+        return torch.exp(self.s_gate * self._amplitude_position(self.u_gate, u)[self.site_of_unit])
+
+    def out_amplitude(self, u: float) -> Tensor:
+        """f^out of every unit: ``(U,)``."""
+        if not self.config.amplitudes:
+            return torch.ones_like(self.site_of_unit, dtype=self.flops_share.dtype)
+        return torch.exp(self.s_out * self._amplitude_position(self.u_out, u)[self.site_of_unit])
+
+    def in_amplitude(self, u: float) -> Tensor | None:
+        """f^in of every MLP and input dimension: ``(M, D)``; None when amplitudes are off."""
+        if not self.config.amplitudes:
+            return None
+        return torch.exp(self.s_in * self._amplitude_position(self.u_in, u)[:, None])
+
+    def importance(self, u: float, train: bool = False) -> Tensor:
+        """Importance of every unit: ``(U,)``; differentiable when `train` and the config says so."""
+        train = train and bool(self.config.train_importance)
+        constant = not train and not (self.config.amplitudes and self.config.importance in DEPENDS_ON_LAMBDA)
+        if constant and self._importance is not None and self._importance[0] == self.weight_versions():
+            return self._importance[1]
+        function = get_importance(str(self.config.importance))
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+            in_amplitude = self.in_amplitude(u)
+            parts = []
+            for index, site in enumerate(self.structure.sites):
+                scale = None
+                if in_amplitude is not None and site.kind == "neuron":
+                    scale = in_amplitude[self.mlp_sites.index(index)]
+                parts.append(function(self.root, site, scale))
+            result = torch.cat(parts)
+        if constant:
+            self._importance = (self.weight_versions(), result)
+        return result
+
+    def weight_versions(self) -> tuple[tuple[int, int], ...]:
+        """Identity and in-place version of every leaf's weight: equal only while no weight has changed."""
+        weights = [self.root.get_submodule(leaf.name).weight for site in self.structure.sites for leaf in site.leaves]
+        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+
+    @torch.no_grad()
+    def importance_curve(self, nodes: int = 17) -> Callable[[float], Tensor]:
+        """Importance as a function of u without reading the weights again: exact where it does not depend on lambda,
+        linear between `nodes` values of u where it does (it then varies as smoothly as f^in)."""
+        if not (self.config.amplitudes and self.config.importance in DEPENDS_ON_LAMBDA):
+            constant = self.importance(0.0)
+            return lambda u: constant
+        table = torch.stack([self.importance(i / (nodes - 1)) for i in range(nodes)])
+
+        def interpolate(u: float) -> Tensor:
+            left = min(int(u * (nodes - 1)), nodes - 2)
+            return torch.lerp(table[left], table[left + 1], u * (nodes - 1) - left)
+
+        return interpolate
+
+    def inclusion(self, u: float, importance: Tensor | None = None) -> Tensor:
+        """rho of every unit at u: sigmoid((f^gate * importance - tau) / T): ``(U,)`` in (0, 1)."""
+        if importance is None:
+            importance = self.importance(u)
+        margin = self.gate_amplitude(u) * importance - self.threshold(u)[self.site_of_unit]
+        return torch.sigmoid(margin / self.config.temperature)
+
+    def mean_inclusion(self, rho: Tensor) -> Tensor:
+        """rho_bar: mean inclusion probability weighted by the FLOPs of each site: scalar."""
+        counts = torch.bincount(self.site_of_unit, minlength=len(self.structure.sites)).to(rho)
+        means = rho.new_zeros(len(counts)).index_add(0, self.site_of_unit, rho) / counts
+        return (means * self.flops_share).sum()
+
+    def prior(self) -> Tensor:
+        """-log density of the pooled deviations (up to a constant): eta ~ N(0, 1), sigma ~ half-normal. 0 if independent."""
+        if self.config.hierarchy != "pooled":
+            return self.flops_share.new_zeros(())
+        sigma = self.log_sigma.exp()
+        return 0.5 * self.eta.square().sum() + 0.5 * (sigma / self.config.pooled_scale).square().sum()
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def draw(self) -> Draw:
+        """Draws lambda and the masks of one training pass and counts it. At lambda = 0 nothing is masked."""
+        if self._draw_count is None:
+            self._draw_count = int(self.draws)
+        source = generator(self.config.seed, self._draw_count)
+        lambda_ = draw_lambda(self.config, self.progress, source)
+        drawn = self._draw_at(lambda_, source, self._draw_count)
+        self._draw_count += 1
+        self.draws.fill_(self._draw_count)
+        self.last_lambda = lambda_
+        self._lambdas.append(lambda_)
+        return drawn
+
+    def _draw_at(self, lambda_: float, source: torch.Generator, number: int) -> Draw:
+        u = lambda_ / (1.0 + lambda_)
+        if lambda_ == 0.0:
+            return Draw(u, number, None, None if self.config.pin_dense else self.out_amplitude(0.0), self._input(0.0))
+        rho = self.inclusion(u, self.importance(u, train=True))
+        mask = draw_masks(rho.detach().cpu(), self.structure, source)
+        relaxed = mask.to(rho) + (rho - rho.detach())
+        return Draw(u, number, mask, relaxed * self.out_amplitude(u), self._input(u))
+
+    def _input(self, u: float) -> Tensor | None:
+        return None if u == 0.0 and self.config.pin_dense else self.in_amplitude(u)
+
+    def penalty(self) -> Tensor:
+        """Cost penalty of the draws since `clear`, recomputed in closed form: mean of lambda * rho_bar(lambda), plus the
+        hyperprior per training token. A scalar that is differentiable in the gates (and weights, if importance trains)."""
+        total = self.prior() / self._tokens
+        for lambda_ in self._lambdas:
+            if lambda_ > 0.0:
+                u = lambda_ / (1.0 + lambda_)
+                rho_bar = self.mean_inclusion(self.inclusion(u, self.importance(u, train=True)))
+                total = total + self.config.penalty * lambda_ * rho_bar / len(self._lambdas)
+        return total
+
+    def clear(self) -> None:
+        """Forgets the draws that `penalty` averages over."""
+        self._lambdas.clear()
+
+    def set_tokens(self, tokens: int) -> None:
+        """Number of training tokens: the log prior counts once against the sum of that many token losses."""
+        self._tokens = max(1, int(tokens))
+
+    def metrics(self) -> dict[str, float]:
+        """lambda of the last draw and, at lambda = 1, the expected gated FLOPs and keep fraction per kind."""
+        with torch.no_grad():
+            rho = self.inclusion(0.5)
+            result = {"lambda": self.last_lambda, "gated_flops_at_1": float(self.mean_inclusion(rho))}
+            for kind in sorted({site.kind for site in self.structure.sites}):
+                of_kind = torch.tensor([site.kind == kind for site in self.structure.sites])
+                result[f"keep_{kind}_at_1"] = float(rho[of_kind.to(rho.device)[self.site_of_unit]].mean())
+        return result
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Forwards inside are dense: no gates, no draw, lambda = 0."""
+        engine = self.root.__dict__["_ppnet_engine"]
+        before = engine.force_dense
+        engine.force_dense = True
+        try:
+            yield
+        finally:
+            engine.force_dense = before
+
+    # ---- sizes ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def scales(self, u: float) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Per site (f^out ``(units,)``, f^in ``(D,)``) at u; None where the factor is 1."""
+        offsets = self.structure.offsets()
+        if not self.config.amplitudes or (u == 0.0 and self.config.pin_dense):
+            return [(None, None)] * len(self.structure.sites)
+        out, inputs = self.out_amplitude(u), self.in_amplitude(u)
+        assert inputs is not None
+        return [
+            (out[offsets[i] : offsets[i + 1]], inputs[self.mlp_sites.index(i)] if i in self.mlp_sites else None)
+            for i in range(len(self.structure.sites))
+        ]
+
+    @torch.no_grad()
+    def order_key(self, points: int = 256) -> Tensor:
+        """How far up the cost axis each unit stays: float64 ``(U,)``, higher = stays longer.
+
+        In [0, 1] it is the largest u at which rho >= 1/2 (interpolated on a grid). Units that stay at u = 1 get
+        1 + their margin there; units that are out everywhere get their (negative) margin at u = 0.
+        """
+        importance = self.importance_curve()
+        key = torch.empty(self.structure.total_units, dtype=torch.float64)
+        upper: Tensor | None = None
+        open_ = torch.ones(self.structure.total_units, dtype=torch.bool)
+        for step in range(points, -1, -1):
+            u = step / points
+            margin = (self.gate_amplitude(u) * importance(u) - self.threshold(u)[self.site_of_unit]).double().cpu()
+            inside = open_ & (margin > 0)
+            if upper is None:
+                key[inside] = 1.0 + margin[inside]
+            else:
+                share = margin[inside] / (margin[inside] - upper[inside])
+                key[inside] = u + share / points
+            open_ &= ~inside
+            if not open_.any():
+                break
+            upper = margin
+            if step == 0:
+                key[open_] = margin[open_]
+        return key
+
+    @torch.no_grad()
+    def draw_plan(self, u: float, seed: int) -> Plan:
+        """One Bernoulli draw of all masks at u, as a plan (its size varies from draw to draw)."""
+        rho = self.inclusion(u).cpu()
+        mask = draw_masks(rho, self.structure, generator(self.config.seed, seed, "plan"))
+        offsets = self.structure.offsets()
+        kept = [mask[a:b].nonzero().flatten().tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        return make_plan(
+            self.structure,
+            kept,
+            cost=self.costs.total([len(units) for units in kept]),
+            dense_cost=self.costs.dense,
+            u=u,
+            source="gates (one mask draw)",
+        )
+
+    # ---- module behaviour ----------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Puppet:
+        """Gates follow the model's device but stay float32: thresholds and exponents do not survive bfloat16."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+        self.root.__dict__["_ppnet_engine"].stale = True
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._draw_count = None
+        self.root.__dict__["_ppnet_engine"].stale = True
+
+    def extra_repr(self) -> str:
+        return f"sites={len(self.structure.sites)}, units={self.structure.total_units}, preset={self.config.preset!r}"

@@ -1,0 +1,5 @@
+"""Compiled operators, each with a plain torch reference `<name>_ref`; the only place that says torch.ops.ppnet."""
+
+from ppnet.ops.rows import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
+
+__all__ = ["gather_rows", "gather_rows_ref", "scatter_rows", "scatter_rows_ref"]

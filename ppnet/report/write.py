@@ -1,0 +1,63 @@
+"""Draws a report and puts its files into a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from pathlib import Path
+
+from ppnet.errors import PPNetError
+from ppnet.files import atomic_directory
+from ppnet.report.result import Report
+
+
+def require_extra() -> None:
+    """Makes sure that the figures and the page can be drawn.
+
+    Raises:
+        PPNetError: matplotlib or Jinja2 is missing; names the extra to install.
+    """
+    for module, name in (("matplotlib", "matplotlib"), ("jinja2", "Jinja2")):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise PPNetError(f"report: {name} is not installed; run: pip install 'ppnet[report]'") from error
+
+
+def write(result: Report, output: str | Path) -> Report:
+    """Writes ``report.csv``, ``report.json``, the figures as PNG files, and ``report.html``, which holds them all.
+
+    Every file is complete before it appears under its name; other files of an existing folder are left alone.
+
+    Returns:
+        The report with `folder` set.
+
+    Raises:
+        PPNetError: matplotlib or Jinja2 is missing, or `output` is a file.
+    """
+    require_extra()
+    from ppnet.report.page import page
+    from ppnet.report.plots import figures, png
+    from ppnet.report.style import DARK, LIGHT
+
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise PPNetError(f"output: {output} is a file; name a folder.")
+    light = {name: png(figure) for name, figure in figures(result, LIGHT).items()}
+    dark = {name: png(figure) for name, figure in figures(result, DARK).items()}
+    contents = {
+        "report.csv": result.to_csv().encode(),
+        "report.json": result.to_json().encode(),
+        **{f"{name}.png": image for name, image in light.items()},
+        "report.html": page(result, light, dark).encode(),
+    }
+    fresh = not output.exists()
+    with atomic_directory(output if fresh else output / ".new") as folder:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+    if not fresh:
+        for name in contents:
+            os.replace(output / ".new" / name, output / name)
+        (output / ".new").rmdir()
+    return dataclasses.replace(result, folder=output)

@@ -1,0 +1,107 @@
+"""The modelling files that travel with compacted models, one per family: `modeling_ppnet_<family>.py`.
+
+They are copied beside the weights and must import torch and transformers only, never ppnet. To ship a new family, add
+its file here; classes are found by `model_type` (``ppnet_<base>``) and by the stock class they extend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from ppnet.errors import UnsupportedModelError
+from ppnet.families import FAMILIES
+
+PREFIX = "ppnet_"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """Classes for one base model type: the config, the bare decoder (AutoModel), the language model."""
+
+    config: Any
+    model: Any
+    causal_lm: Any
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The `auto_map` entry of config.json: which class of the copied file each Auto class takes."""
+        classes = {"AutoConfig": self.config, "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
+        return {auto: f"{item.__module__.rpartition('.')[2]}.{item.__name__}" for auto, item in classes.items()}
+
+    def for_stock(self, stock: type) -> type:
+        """The shipped class that extends a stock model class.
+
+        Raises:
+            UnsupportedModelError: a class with another head.
+        """
+        for shipped in (self.causal_lm, self.model):
+            if issubclass(shipped, stock):
+                return shipped
+        raise UnsupportedModelError(
+            f"model: a {stock.__name__} with layers of different widths cannot be written; supported are "
+            f"{self.causal_lm.__mro__[2].__name__} and {self.model.__mro__[2].__name__}, or a plan with equal widths."
+        )
+
+
+def _module(model_type: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.modeling_ppnet_{FAMILIES[model_type].name}")
+
+
+def shipped(model_type: str) -> Shipped:
+    """The classes for a base model type such as ``llama``. Imports the family's modelling file on first use."""
+    found: dict[str, Any] = {}
+    classes: list[Any] = [item for item in vars(_module(model_type)).values() if isinstance(item, type)]
+    for item in classes:
+        if getattr(item, "model_type", None) == PREFIX + model_type:
+            found["AutoConfig"] = item
+    for item in classes:
+        if getattr(item, "config_class", None) is found["AutoConfig"]:
+            found[item._auto_class] = item
+    return Shipped(found["AutoConfig"], found["AutoModel"], found["AutoModelForCausalLM"])
+
+
+def _activate(model_type: str) -> Any:
+    """Registers the real classes of one model type with the Auto classes; returns the config class."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    classes = shipped(model_type)
+    AutoConfig.register(PREFIX + model_type, classes.config, exist_ok=True)
+    AutoModel.register(classes.config, classes.model, exist_ok=True)
+    AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
+    return classes.config
+
+
+def _deferred_config(base: str) -> type:
+    """A stand-in for a config class that loads the real one when AutoConfig first uses it."""
+
+    class DeferredConfig:
+        model_type = PREFIX + base
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return _activate(base)(*args, **kwargs)
+
+        @classmethod
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            return _activate(base).from_dict(*args, **kwargs)
+
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            return _activate(base).from_pretrained(*args, **kwargs)
+
+    return DeferredConfig
+
+
+def register() -> None:
+    """Lets `AutoModelForCausalLM.from_pretrained(folder)` load compacted models without `trust_remote_code`.
+
+    Cheap and safe to call again: modelling files are imported when a compacted model is first loaded.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for base in FAMILIES:
+        if PREFIX + base not in CONFIG_MAPPING:
+            AutoConfig.register(PREFIX + base, _deferred_config(base))

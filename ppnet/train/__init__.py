@@ -1,0 +1,20 @@
+"""Training gates and weights with Hugging Face trainers; data; checkpoints that resume bit for bit."""
+
+from ppnet.train.checkpointing import last_good_checkpoint, verify_checkpoint
+from ppnet.train.data import TextBlocks, check_vocabulary, text_blocks
+from ppnet.train.objective import distillation_loss, param_groups
+from ppnet.train.trainer import PuppetCallback, PuppetTrainer, PuppetTrainerMixin, default_arguments
+
+__all__ = [
+    "PuppetCallback",
+    "PuppetTrainer",
+    "PuppetTrainerMixin",
+    "TextBlocks",
+    "check_vocabulary",
+    "default_arguments",
+    "distillation_loss",
+    "last_good_checkpoint",
+    "param_groups",
+    "text_blocks",
+    "verify_checkpoint",
+]

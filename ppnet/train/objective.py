@@ -1,0 +1,132 @@
+"""Terms of the training objective and the optimizer's parameter groups."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppnet.errors import PPNetError
+
+IGNORED = -100
+_ROWS_PER_CHUNK = 1024
+_NORM = re.compile(r"norm|(?:^|\.)ln_", re.IGNORECASE)
+
+
+class _KLDivergence(torch.autograd.Function):
+    """Sum over rows of KL(softmax(teacher / T) || softmax(student / T)).
+
+    The gradient with respect to the student, (softmax(student / T) - softmax(teacher / T)) / T, is known in closed
+    form, so it is computed with the value, some rows at a time: one buffer of the logits' size instead of four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, temperature: float) -> Tensor:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        gradient = torch.zeros_like(student)
+        total = student.new_zeros((), dtype=dtype)
+        for chunk in rows.split(_ROWS_PER_CHUNK):
+            log_student = torch.log_softmax(student[chunk].to(dtype) / temperature, dim=-1)
+            log_teacher = torch.log_softmax(teacher[chunk].to(dtype) / temperature, dim=-1)
+            p_teacher = log_teacher.exp()
+            total += (p_teacher * (log_teacher - log_student)).sum()
+            gradient[chunk] = ((log_student.exp() - p_teacher) / temperature).to(student.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * dtotal.to(gradient.dtype), None, None, None
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, int]:
+    """T^2 * KL(teacher || student), summed over the positions that have a target.
+
+    Args:
+        student, teacher: logits ``(B, T, V)`` of the gated and of the dense pass. No gradient flows to the teacher.
+        targets: int64 ``(B, T)``, aligned with the logits (already shifted); -100 marks ignored positions.
+        temperature: T > 0; the factor T^2 keeps gradients of the same scale for all T.
+
+    Returns:
+        The sum in nats (float32, or float64 for float64 logits), and the number of positions summed over.
+
+    Raises:
+        PPNetError: shapes differ or the temperature is not positive.
+    """
+    if student.shape != teacher.shape or student.shape[:-1] != targets.shape:
+        raise PPNetError(
+            f"logits: student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and targets "
+            f"{tuple(targets.shape)} must be (B, T, V), (B, T, V) and (B, T)."
+        )
+    if not temperature > 0:
+        raise PPNetError(f"distill_temperature: {temperature!r} must be > 0.")
+    vocabulary = student.shape[-1]
+    rows = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
+    flat = student.reshape(-1, vocabulary), teacher.detach().reshape(-1, vocabulary)
+    return temperature**2 * _KLDivergence.apply(*flat, rows, temperature), rows.numel()
+
+
+def shift_labels(labels: Tensor) -> Tensor:
+    """Labels aligned with logits: position t gets the label of t + 1, the last one is ignored. int64 ``(B, T)``."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def mark_updated(model: nn.Module) -> None:
+    """Advances the version counters of the weights. Fused optimizers write weights without doing so, and importances of
+    units are cached by version."""
+    torch.autograd.graph.increment_version(list(model.parameters()))
+
+
+def param_groups(
+    model: nn.Module, lr: float, gate_lr: float | None = None, weight_decay: float = 0.1
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups ``weights``, ``no_decay`` and ``gates`` (empty ones are left out).
+
+    Weight decay applies to matrices except embeddings and norms; biases and norm gains never decay. Gates decay only if
+    their `PuppetConfig.decay_gates` says so.
+
+    Args:
+        model: any model, wrapped by ppnet or not. Frozen parameters are left out.
+        lr: learning rate of the weights.
+        gate_lr: learning rate of the gates; None: `PuppetConfig.gate_lr`, else ``lr`` under the paper preset, else
+            ``10 * lr`` (gate logits have to travel several units, weights hundredths).
+        weight_decay: coefficient of the ``weights`` group.
+
+    Raises:
+        PPNetError: a rate or the decay is negative, or the model has no trainable parameter.
+    """
+    for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
+        if value is not None and not value >= 0:
+            raise PPNetError(f"{name}: {value!r} must be >= 0.")
+    config = getattr(getattr(model, "puppet", None), "config", None)
+    if gate_lr is None:
+        gate_lr = getattr(config, "gate_lr", None)
+    if gate_lr is None:
+        gate_lr = lr if getattr(config, "preset", None) == "paper" else 10 * lr
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights, no_decay, gates = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("puppet.") or ".puppet." in name:
+            gates.append(parameter)
+        elif parameter.ndim < 2 or id(parameter) in embeddings or _NORM.search(name):
+            no_decay.append(parameter)
+        else:
+            weights.append(parameter)
+    gate_decay = weight_decay if getattr(config, "decay_gates", False) else 0.0
+    groups = [
+        {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": no_decay, "lr": lr, "weight_decay": 0.0},
+        {"name": "gates", "params": gates, "lr": gate_lr, "weight_decay": gate_decay},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise PPNetError("model: has no trainable parameter; set requires_grad=True on weights or gates.")
+    return groups

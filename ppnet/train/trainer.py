@@ -1,0 +1,332 @@
+"""Training gates with Hugging Face trainers: a mixin that owns the objective, a callback that only adds the penalty."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ppnet.errors import TrainingError
+from ppnet.gates.draw import draw_lambda, generator
+from ppnet.train.checkpoint_mixin import CheckpointMixin
+from ppnet.train.checkpointing import last_good_checkpoint
+from ppnet.train.objective import distillation_loss, mark_updated, param_groups, shift_labels
+
+_DIVERGED_ADVICE = "lower the learning rate, lengthen the warm-up or set max_grad_norm, then resume from it"
+
+
+def default_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
+    """Training arguments of ppnet: AdamW (0.9, 0.95), weight decay 0.1, cosine schedule with warm-up, fixed seeds.
+
+    Args:
+        output_dir: folder of the checkpoints.
+        overrides: any `transformers.TrainingArguments`, which win over the defaults.
+
+    The order of the data depends on the seed alone, so a run on the CPU is reproducible bit for bit. On CUDA that costs
+    speed and is left to ``full_determinism=True``.
+    """
+    values: dict[str, Any] = {
+        "learning_rate": 3e-4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "max_grad_norm": 1.0,
+        "num_train_epochs": 1,
+        "logging_steps": 50,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "seed": 0,
+        "report_to": "none",
+        # A non-finite loss stops the run, so there is nothing to filter; the filter would synchronise every micro-step.
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available() and not overrides.get("use_cpu", False),
+        **overrides,
+    }
+    values.setdefault("data_seed", values["seed"])
+    return TrainingArguments(output_dir=str(output_dir), **values)
+
+
+def _logits(outputs: Any) -> Tensor | None:
+    return outputs.get("logits") if isinstance(outputs, Mapping) else None
+
+
+class PuppetTrainerMixin(CheckpointMixin):
+    """Trains weights and gates together: put it before a `transformers.Trainer` class among the base classes.
+
+    For every micro-batch the objective is ``(1 - a) * NLL + a * T^2 * KL(dense || gated) + penalty`` with a =
+    `PuppetConfig.distill`; the distillation term (and the factor 1 - a) applies to gated passes only, its teacher being
+    the model's own dense pass on the same batch, in eval mode. Under gradient accumulation NLL and KL are sums over all
+    tokens of the optimizer step divided by their number, and the penalty is the mean over the step's draws. Evaluation
+    and prediction are dense. Without gates it is the given Trainer with checkpoints as in `CheckpointMixin`.
+
+    A NaN or infinite loss or gradient norm raises `TrainingError` before the weights are changed.
+    """
+
+    _tokens: int | None = None
+    _watched: torch.optim.Optimizer | None = None
+
+    @property
+    def puppet(self) -> Any:
+        """The gates of the model, or None."""
+        return getattr(self.model, "puppet", None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(callback, PuppetCallback) for callback in self.callback_handler.callbacks):
+            raise TrainingError(
+                f"callbacks: PuppetCallback is used together with {type(self).__name__}, which adds the penalty "
+                "itself, so it would count twice; remove the callback, or use a trainer without PuppetTrainerMixin."
+            )
+        if self.puppet is not None and self.args.n_gpu > 1:
+            raise TrainingError(
+                f"model: gates do not work under nn.DataParallel ({self.args.n_gpu} GPUs in one process); start one "
+                "process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        self._micro_losses: list[Tensor] = []
+        self._last_loss = math.nan
+        self._terms: dict[str, list[Tensor]] = {}
+        return super().train(*args, **kwargs)
+
+    # ---- objective ------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The objective of one micro-batch, scaled as the Trainer expects it; see the class."""
+        puppet = self.puppet
+        if puppet is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        puppet.progress = self.state.global_step
+        puppet.clear()
+        share = float(puppet.config.distill)
+        # Before the gated pass: activation checkpointing recomputes that one with the gates that are bound last.
+        teacher = self._dense_logits(model, inputs) if share > 0 and self._next_lambda() > 0 else None
+        # The Trainer may take the labels out of the dictionary that it is given.
+        result = super().compute_loss(model, dict(inputs), return_outputs or share > 0, num_items_in_batch, **kwargs)
+        nll, outputs = result if isinstance(result, tuple) else (result, None)
+        micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        scaled = self._loss_is_scaled(num_items_in_batch)
+        loss = nll
+        if teacher is not None:
+            divergence = self._distillation(inputs, outputs, teacher, num_items_in_batch if scaled else None)
+            if scaled and num_items_in_batch is None:
+                divergence = divergence / micro_steps
+            loss = (1 - share) * nll + share * divergence
+            self._record("distillation_kl", divergence * (micro_steps if scaled else 1))
+        penalty = puppet.penalty().to(loss.device)
+        # The Trainer divides losses that are means over their micro-batch, not those already divided by all tokens.
+        loss = loss + (penalty / micro_steps if scaled else penalty)
+        self._record("nll", nll * (micro_steps if scaled else 1))
+        self._record("penalty", penalty)
+        return (loss, outputs) if return_outputs else loss
+
+    def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the Trainer takes the loss as already normalised over the whole accumulated batch."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return bool(declared)
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _next_lambda(self) -> float:
+        """lambda that the coming pass will draw: draws depend on their number alone."""
+        config, progress = self.puppet.config, self.puppet.progress
+        return draw_lambda(config, progress, generator(config.seed, int(self.puppet.draws)))
+
+    def _dense_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Logits ``(B, T, V)`` of the dense pass without dropout; None if the model returns none."""
+        batch = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+        model.eval()
+        try:
+            with torch.no_grad(), self.puppet.dense():
+                return _logits(model(**batch))
+        finally:
+            model.train()
+
+    def _distillation(
+        self, inputs: Mapping[str, Any], outputs: Any, teacher: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """T^2 * KL(dense || gated) per target token: over `num_items_in_batch` if given, else over the micro-batch."""
+        config = self.puppet.config
+        logits = _logits(outputs)
+        targets = inputs.get("shift_labels")
+        if targets is None and inputs.get("labels") is not None:
+            targets = shift_labels(inputs["labels"])
+        if logits is None or targets is None:
+            missing = "logits in the model's output" if logits is None else "labels in the batch"
+            raise TrainingError(
+                f"distill: {config.distill!r} needs {missing}, which {type(self).__name__} does not provide; set "
+                "PuppetConfig(distill=0)."
+            )
+        total, count = distillation_loss(logits, teacher, targets.to(logits.device), config.distill_temperature)
+        if num_items_in_batch is None:
+            return total / max(count, 1)
+        if self.args.average_tokens_across_devices:
+            # The count is over all processes, whose gradients are averaged.
+            total = total * (self.accelerator.num_processes // self.get_tp_size())
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        puppet = self.puppet
+        if puppet is not None and isinstance(inputs, Mapping) and "input_ids" in inputs:
+            if self._tokens is None:
+                steps = self.state.max_steps * self.args.gradient_accumulation_steps
+                self._tokens = inputs["input_ids"].numel() * steps * self.args.world_size
+            puppet.set_tokens(self._tokens)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._micro_losses.append(loss)
+        return loss
+
+    # ---- stopping -------------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The Trainer calls this once per optimizer step, right before it: the place to stop with intact weights."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # One transfer for all micro-steps and the norm, so that an accelerator is synchronised once per step.
+        losses = torch.stack([loss.detach().float() for loss in self._micro_losses])
+        self._micro_losses.clear()
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm).to(losses)
+        *values, norm_value = torch.cat([losses, norm.reshape(1)]).tolist()
+        for number, value in enumerate(values):
+            if not math.isfinite(value):
+                raise self._diverged(f"the loss is {value} (micro-step {number + 1} of {len(values)})", sum(values))
+        # With fp16 an infinite gradient is the loss scaler's business: it skips the step and lowers the scale.
+        if not math.isfinite(norm_value) and getattr(self.accelerator, "scaler", None) is None:
+            raise self._diverged(f"the gradient norm is {norm_value}", sum(values))
+        self._last_loss = sum(values)
+        return grad_norm
+
+    def _diverged(self, what: str, loss: float) -> TrainingError:
+        lambda_ = "" if self.puppet is None else f", lambda {self.puppet.last_lambda:.4g}"
+        return TrainingError(
+            f"training stopped at step {self.state.global_step + 1}: {what} (loss {loss:.6g}, loss of the step before "
+            f"{self._last_loss:.6g}, learning rate {self._get_learning_rate():.4g}{lambda_}). The weights were not "
+            f"updated. Last good checkpoint: {last_good_checkpoint(self.args.output_dir)}; {_DIVERGED_ADVICE}."
+        )
+
+    # ---- optimizer, logs, checkpoints -----------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, over `param_groups`."""
+        if self.optimizer is None:
+            target: Any = self.model if model is None else model
+            groups = param_groups(target, self.args.learning_rate, weight_decay=self.args.weight_decay)
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, target
+            )
+            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & set(options):
+                raise TrainingError(
+                    f"optim: {self.args.optim!s} chooses its own parameter groups, which leaves out the gates' "
+                    "learning rate; use an AdamW variant, or pass optimizers=(optimizer, None) built from "
+                    "ppnet.train.param_groups."
+                )
+            self.optimizer = optimizer_class(groups, **options)
+        own = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.puppet is not None and self._watched is not own:
+            own.register_step_post_hook(lambda *_: mark_updated(self.model))
+            self._watched = own
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean terms of the objective since the last log, and the gates' metrics, to training logs."""
+        if self.puppet is not None and "loss" in logs:
+            logs.update({name: float(torch.stack(values).mean()) for name, values in self._terms.items()})
+            logs.update(self.puppet.metrics())
+            self._terms.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _record(self, name: str, value: Tensor) -> None:
+        self.__dict__.setdefault("_terms", {}).setdefault(name, []).append(value.detach().float())
+
+    def _manifest_facts(self) -> dict[str, Any]:
+        return {"tokens": self._tokens}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._tokens = self._read_manifest(resume_from_checkpoint).get("tokens")
+
+
+class PuppetTrainer(PuppetTrainerMixin, Trainer):
+    """`transformers.Trainer` with `PuppetTrainerMixin`. Arguments are the Trainer's; see `default_arguments`."""
+
+
+class PuppetCallback(TrainerCallback):
+    """Adds the gates' cost penalty to any trainer whose loss ppnet does not own (GRPO, DPO, ...).
+
+    The penalty does not need data, so its gradient is added once per optimizer step, after gradient clipping and
+    whatever the trainer's loss scaling: the mean over the step's draws, as with `PuppetTrainerMixin`. There is no
+    distillation. Build the optimizer from `param_groups`, since Hugging Face trainers would decay gates.
+
+    Args:
+        tokens: number of training tokens, which the hyperprior counts once against; None: measured from the first
+            example of a training dataset with ``input_ids``.
+
+    Raises:
+        TrainingError: the model has no gates, the tokens cannot be measured, or a gradient is NaN or infinite.
+    """
+
+    def __init__(self, tokens: int | None = None) -> None:
+        self.tokens = tokens
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        puppet = getattr(kwargs.get("model"), "puppet", None)
+        if puppet is None:
+            raise TrainingError(
+                "PuppetCallback: the model has no gates; call ppnet.wrap(model, config) before training."
+            )
+        self.puppet = puppet
+        puppet.set_tokens(self.tokens if self.tokens is not None else self._measure(args, state, kwargs))
+        puppet.clear()
+
+    @staticmethod
+    def _measure(args: TrainingArguments, state: Any, kwargs: Mapping[str, Any]) -> int:
+        dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        try:
+            length = len(dataset[0]["input_ids"])
+        except (TypeError, KeyError, IndexError, NotImplementedError) as error:
+            raise TrainingError(
+                f"tokens: cannot be measured from a {type(dataset).__name__}; pass PuppetCallback(tokens=<training "
+                "tokens>)."
+            ) from error
+        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * state.max_steps
+        return length * sequences
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.puppet.progress = state.global_step
+        self.puppet.clear()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        penalty = self.puppet.penalty()
+        if penalty.requires_grad:
+            penalty.backward()
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"training stopped at step {state.global_step + 1}: the gradient norm is {norm} (penalty "
+                f"{float(penalty):.6g}, learning rate {kwargs['optimizer'].param_groups[0]['lr']:.4g}, lambda "
+                f"{self.puppet.last_lambda:.4g}). The weights were not updated. Last good checkpoint: "
+                f"{last_good_checkpoint(str(args.output_dir))}; {_DIVERGED_ADVICE}."
+            )
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        mark_updated(kwargs["model"])
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs:
+            metrics = self.puppet.metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)

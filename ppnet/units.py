@@ -1,0 +1,118 @@
+"""The vocabulary of the package: leaves, sites and the structure of a model.
+
+A *unit* is the smallest thing that can be removed. The units of one kind in one sub-layer form a *site*. A site is fully
+described by its *leaves*: the linear modules whose rows (output features) or columns (input features) belong to a unit.
+Everything else (masking, gathering, costs, importance, compaction) is derived from these index tables, so a model family
+only has to name tensors (`ppnet.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("kv_group", "neuron")
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One linear module of a site.
+
+    Attributes:
+        name: dotted name of the module from the model's root, e.g. ``model.layers.0.mlp.up_proj``.
+        index: int64 ``(U, r)``; the ``r`` output features (producer) or input features (consumer) of unit ``u``.
+        weight_dim: the axis of ``weight`` that is indexed: 0 or 1. ``nn.Linear`` stores (out, in), ``Conv1D`` (in, out).
+        role: what the leaf does, in the field's words: ``q``, ``k``, ``v``, ``qkv``, ``gate``, ``up`` (producers) or
+            ``out`` (the consumer).
+        blocks: widths of the blocks that `index` holds side by side: ``(r,)``, or ``(Dh, Dh, Dh)`` for fused q|k|v.
+    """
+
+    name: str
+    index: Tensor
+    weight_dim: int
+    role: str
+    blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            object.__setattr__(self, "blocks", (self.index.shape[1],))
+
+    @property
+    def features_per_unit(self) -> int:
+        return int(self.index.shape[1])
+
+    def features(self, units: Tensor) -> Tensor:
+        """Feature indices of the given units: int64 ``(K,)`` -> int64 ``(K * r,)``, in the leaf's own order.
+
+        A fused producer (q, k and v in one matrix) keeps its blocks: all q features, then all k, then all v. `index`
+        stores the blocks side by side, so column blocks of equal meaning are laid out one after the other.
+        """
+        picked = self.index.index_select(0, units)
+        if len(self.blocks) == 1:
+            return picked.reshape(-1)
+        return torch.cat([part.reshape(-1) for part in picked.split(list(self.blocks), dim=1)])
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """The units of one kind in one sub-layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        kind: ``kv_group`` (one KV head with its query heads; under MHA a head) or ``neuron``.
+        block: dotted name of the sub-layer module (its forward input is what the producers read).
+        units: U, the dense number of units.
+        producers: leaves whose output features belong to units.
+        consumer: the leaf whose input features belong to units.
+        attributes: kept units K -> the attributes of `block` that the family's forward reads.
+    """
+
+    layer: int
+    kind: str
+    block: str
+    units: int
+    producers: tuple[Leaf, ...]
+    consumer: Leaf
+    attributes: Callable[[int], Mapping[str, int]]
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.kind}"
+
+    @property
+    def leaves(self) -> tuple[Leaf, ...]:
+        return (*self.producers, self.consumer)
+
+    def leaf(self, role: str) -> Leaf | None:
+        return next((leaf for leaf in self.leaves if leaf.role == role), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What was found in a model: its family, its sites (layer by layer, attention before MLP), its widths."""
+
+    family: str
+    model_type: str
+    layers: int
+    width: int
+    vocabulary: int
+    sites: tuple[Site, ...]
+
+    @property
+    def total_units(self) -> int:
+        return sum(site.units for site in self.sites)
+
+    def offsets(self) -> list[int]:
+        """Start of each site in the flat vector over all units, plus the total: length ``len(sites) + 1``."""
+        starts = [0]
+        for site in self.sites:
+            starts.append(starts[-1] + site.units)
+        return starts
+
+
+def leaf_module(model: nn.Module, leaf: Leaf) -> nn.Module:
+    """The module that a leaf names."""
+    return model.get_submodule(leaf.name)

@@ -1,0 +1,146 @@
+"""Attaching gates to a model and taking them off again: in place, same class, one container `model.puppet`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ppnet.cost import cost_model
+from ppnet.errors import UnsupportedModelError
+from ppnet.families import structure_of
+from ppnet.gates import Puppet, PuppetConfig
+from ppnet.skip import Engine, patch_leaf, unpatch_leaf
+from ppnet.units import Site, Structure
+
+Model = TypeVar("Model", bound=nn.Module)
+ENGINE = "_ppnet_engine"
+
+
+class SubLayerHook:
+    """Calls an engine's method for one site; a class, so that a deep copy of the model points at its own engine."""
+
+    def __init__(self, engine: Engine, index: int) -> None:
+        self.engine, self.index = engine, index
+
+
+class ScaleInput(SubLayerHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.engine.scale_input(self.index, args, kwargs)
+
+
+class AttachDropped(SubLayerHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return self.engine.attach_dropped(self.index, args, kwargs, output)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `model` carries gates."""
+    return ENGINE in model.__dict__
+
+
+def engine_of(model: nn.Module) -> Engine:
+    """The engine of a wrapped model.
+
+    Raises:
+        UnsupportedModelError: the model carries no gates.
+    """
+    if not is_wrapped(model):
+        raise UnsupportedModelError(
+            f"model: this {type(model).__name__} carries no gates; call ppnet.wrap(model) first, or use ppnet.plan and "
+            "ppnet.compact, which also work on a model that was never wrapped."
+        )
+    engine: Engine = model.__dict__[ENGINE]
+    return engine
+
+
+def structure_for(model: nn.Module) -> Structure:
+    """The gated sites of a wrapped model, or all sites of a model that was never wrapped."""
+    return engine_of(model).puppet.structure if is_wrapped(model) else structure_of(model)
+
+
+def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
+    """Attaches gates to a Hugging Face model, in place.
+
+    The class, the weights and their names stay; all gate parameters live in ``model.puppet`` and are saved with the
+    model. In training mode every forward draws lambda and masks and computes only the kept units; in evaluation mode
+    the model is dense until `ppnet.resize`.
+
+    Args:
+        model: a dense decoder of a supported family (`ppnet.families`).
+        config: options; None: `PuppetConfig()`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: already gated, already compacted, quantised, with adapters, or of an unknown family. The
+            model is unchanged then.
+    """
+    config = config or PuppetConfig()
+    if is_wrapped(model):
+        raise UnsupportedModelError(
+            f"model: this {type(model).__name__} is already gated (model.puppet); use it as it is, or call "
+            "ppnet.unwrap(model) first to attach new gates."
+        )
+    structure = select_kinds(structure_of(model), config.kinds)
+    costs = cost_model(model, structure)
+    puppet = Puppet(model, structure, costs, config)
+    engine = Engine(model, puppet)
+    model.__dict__[ENGINE] = engine
+    model.puppet = puppet  # type: ignore[assignment]
+    puppet.train(model.training)
+    model.config.ppnet = config.to_dict()  # type: ignore[union-attr]
+    model.register_forward_pre_hook(engine.before_forward)
+    model.register_forward_hook(engine.after_forward)
+    for index, site in enumerate(structure.sites):
+        for leaf in site.leaves:
+            patch_leaf(model.get_submodule(leaf.name))
+        block = model.get_submodule(site.block)
+        block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
+        block.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
+    return model
+
+
+def select_kinds(structure: Structure, kinds: tuple[str, ...]) -> Structure:
+    """The structure restricted to sites of some kinds; the units of other sites are never removed."""
+    sites: tuple[Site, ...] = tuple(site for site in structure.sites if site.kind in kinds)
+    return Structure(
+        structure.family, structure.model_type, structure.layers, structure.width, structure.vocabulary, sites
+    )
+
+
+def unwrap(model: Model) -> Model:
+    """Takes the gates off, in place: the model is the plain dense model again (its weights were never changed by gates).
+
+    Raises:
+        UnsupportedModelError: the model carries no gates.
+    """
+    engine_of(model)
+    return strip(model)
+
+
+def strip(model: Model) -> Model:
+    """Removes the container, the hooks and the patched forwards, and restores the dense attributes, in place."""
+    engine: Engine = model.__dict__.pop(ENGINE)
+    engine.release()
+    for site in engine.sites:
+        for leaf in site.leaves:
+            unpatch_leaf(model.get_submodule(leaf.name))
+        block = model.get_submodule(site.block)
+        _remove_hooks(block, lambda hook: isinstance(hook, SubLayerHook))
+    _remove_hooks(model, lambda hook: getattr(hook, "__self__", None) is engine)
+    del model.puppet
+    if hasattr(model.config, "ppnet"):
+        del model.config.ppnet  # type: ignore[union-attr]
+    return model
+
+
+def _remove_hooks(module: nn.Module, ours: Any) -> None:
+    for table, flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in table.items() if ours(hook)]:
+            del table[key]
+            flags.pop(key, None)

@@ -1,0 +1,69 @@
+"""Tiny random models of every family, and an independent reference of a gated pass: dense everything, times gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ppnet.families import FAMILIES
+from ppnet.units import Structure
+
+MODEL_TYPES = sorted(FAMILIES)
+
+
+def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    """A tiny random model in evaluation mode, with non-zero biases and norms so that mistakes in them show."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type].tiny_configs(model_type), **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                # Larger than the usual 0.02, so that every unit matters to the logits.
+                parameter.normal_(std=0.15)
+    return model.to(dtype).eval()
+
+
+def token_ids(batch: int = 3, length: int = 17, seed: int = 1, vocabulary: int = 96) -> Tensor:
+    return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class GatedReference:
+    """Hooks on a plain model: each consumer's input times its units' gates, each MLP's input times f^in.
+
+    Nothing is skipped, so plain autograd gives every gradient. `gates` is the flat (U,) vector.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, gates: Tensor, input_scale: Tensor | None = None) -> None:
+        self.handles = []
+        row = 0
+        for site, z in zip(structure.sites, gates.split([s.units for s in structure.sites]), strict=True):
+            columns = torch.zeros(site.consumer.index.numel(), dtype=torch.int64)
+            columns[site.consumer.index.flatten()] = torch.arange(site.units).repeat_interleave(
+                site.consumer.features_per_unit
+            )
+            consumer = model.get_submodule(site.consumer.name)
+            self.handles.append(consumer.register_forward_pre_hook(self._times(z[columns])))
+            if site.kind == "neuron":
+                if input_scale is not None:
+                    block = model.get_submodule(site.block)
+                    self.handles.append(block.register_forward_pre_hook(self._times(input_scale[row])))
+                row += 1
+
+    @staticmethod
+    def _times(factor: Tensor) -> Any:
+        return lambda module, args: (args[0] * factor.to(args[0].dtype), *args[1:])
+
+    def __enter__(self) -> GatedReference:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self.handles:
+            handle.remove()

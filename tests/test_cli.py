@@ -1,0 +1,216 @@
+"""Every command once, its JSON, and what wrong requests say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+from tiny_folders import write_folders
+
+from ppnet.cli import main
+from ppnet.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def ppnet(capsys):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def ok(ppnet):
+    """Runs a command with --json; its result."""
+
+    def run(*arguments: object) -> dict:
+        code, out, err = ppnet(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def refused(ppnet):
+    """Runs a command that must fail with exit code 1; its one line."""
+
+    def run(*arguments: object) -> str:
+        code, out, err = ppnet(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 1 and out == "" and len(lines) == 1 and "Traceback" not in err, err
+        return lines[0]
+
+    return run
+
+
+def test_inspect(ok, ppnet, folders):
+    found = ok("inspect", folders["puppet"])
+    assert found["gated"] and len(found["sites"]) == 6
+    code, out, _ = ppnet("inspect", folders["dense"])
+    assert code == 0 and "layers.2.neuron" in out and "not gated" in out
+
+
+def test_resize_then_compact_then_eval(ok, ppnet, folders, tmp_path):
+    plan_file, small = tmp_path / "plan.json", tmp_path / "small"
+    decided = ok("resize", folders["puppet"], "--size", 0.5, "--metric", "flops", "--out", plan_file)
+    assert 0.45 < decided["fraction"]["flops"] <= 0.5
+    assert Plan.load(plan_file).cost.flops == decided["cost"]["flops"]
+    written = ok("compact", folders["puppet"], "--plan", plan_file, "--out", small)
+    assert written["cost"] == decided["cost"] and written["tokenizer"] and written["checked"]
+    at_size = ok("eval", folders["puppet"], "--data", folders["text"], "--size", 0.5, "--metric", "flops")
+    as_it_is = ok("eval", small, "--data", folders["text"])
+    assert as_it_is["rows"][0]["nll"] == pytest.approx(at_size["rows"][0]["nll"], abs=1e-5)
+    assert as_it_is["rows"][0]["params"] == written["cost"]["params"]
+    assert ok("bench", small, "--rounds", 1)["rows"][0]["params"] == written["cost"]["params"]
+    code, out, _ = ppnet("compact", folders["dense"], "--size", 20_000, "--out", tmp_path / "by_magnitude", "--no-check")
+    assert code == 0 and "magnitude" in out and "not compared" in out
+    assert ok("resize", folders["puppet"], "--size", 0.5, "--of", "gated", "--multiple-of", "neuron=4")["of"] == "gated"
+
+
+def test_eval_at_sizes_prints_a_table(ppnet, folders):
+    code, out, _ = ppnet("eval", folders["puppet"], "--data", folders["text"], "--sizes", "1,0.6", "--max-tokens", 200)
+    assert code == 0 and "perplexity" in out and "0.6" in out
+
+
+def test_bench(ok, ppnet, folders):
+    options = ("bench", folders["puppet"], "--sizes", 0.5, "--prompt", 8, "--new", 4, "--rounds", 1)
+    (row,) = ok(*options)["rows"]
+    assert row["decode_ratio"] > 0 and row["baseline"]["params"] > row["params"]
+    code, out, _ = ppnet(*options)
+    assert code == 0 and "dense" in out and "prefill" in out
+
+
+def test_train_from_a_config_then_resume_then_report(ok, ppnet, folders, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "trained"
+    command = (
+        "train", folders["dense"] / "config.json", "--data", folders["text"], "--out", out, "--length", 32, "--batch", 2,
+        "--dense-steps", 2, "--save-steps", 2, "--distill", 0.25, "--set", "lambda_rate=0.5", "--device", "cpu",
+    )  # fmt: skip
+    first = ok(*command, "--steps", 2)
+    assert first["steps"] == 2 and first["dense_training_loss"] > 0 and "gated_flops_at_1" in first["gates"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["ppnet"]["distill"] == 0.25 and config["ppnet"]["lambda_rate"] == 0.5
+    code, _, err = ppnet(*command, "--steps", 2)
+    assert code == 1 and "--force" in err
+    assert ok(*command, "--steps", 4, "--resume")["steps"] == 4
+    assert (out / "checkpoint-4").is_dir()
+    made = ok(
+        "report", out, "--data", folders["text"], "--out", tmp_path / "report", "--sizes", "1,0.5", "--draws", 1,
+        "--max-tokens", 200, "--rounds", 1, "--prompt", 4, "--new", 2, "--anchor", 30,
+    )  # fmt: skip
+    assert len(made["rows"]) == 2 and (tmp_path / "report" / "report.html").is_file()
+    code, _, err = ppnet("report", out, "--data", folders["text"], "--out", tmp_path / "report")
+    assert code == 1 and "is not empty" in err
+
+
+def test_demo(ok, monkeypatch, tmp_path):
+    stand_in = ModuleType("ppnet.demo")
+    stand_in.run = lambda output, fast=False: print("noise") or {"folder": output, "fast": fast, "loss": float("nan")}
+    monkeypatch.setitem(sys.modules, "ppnet.demo", stand_in)
+    result = ok("demo", "--out", tmp_path / "demo", "--fast")
+    assert result == {"folder": str(tmp_path / "demo"), "fast": True, "loss": None}
+
+
+def test_wrong_requests_say_what_to_do(refused, folders, tmp_path):
+    puppet, text = folders["puppet"], folders["text"]
+    assert "is not a folder" in refused("inspect", tmp_path / "missing")
+    assert "no config.json" in refused("eval", tmp_path, "--data", text, "--tokenizer", puppet)
+    assert "above dense" in refused("resize", puppet, "--size", 10**9)
+    assert "smallest" in refused("resize", puppet, "--size", 0.001)
+    assert "metric" in refused("resize", puppet, "--size", 0.5, "--metric", "latency")
+    assert "of:" in refused("resize", puppet, "--size", 0.5, "--of", "layers")
+    assert "not a number" in refused("resize", puppet, "--size", "half")
+    assert "kind=number" in refused("resize", puppet, "--size", 0.5, "--multiple-of", "neuron")
+    assert "multiple_of" in refused("resize", puppet, "--size", 0.5, "--multiple-of", "expert=2")
+    assert "cannot read" in refused("eval", puppet, "--data", tmp_path / "missing.txt")
+    assert "no tokenizer" in refused("eval", puppet, "--data", text, "--tokenizer", tmp_path)
+    assert "dtype" in refused("eval", puppet, "--data", text, "--dtype", "int3")
+    assert "device" in refused("eval", puppet, "--data", text, "--device", "abacus")
+    assert "context" in refused("bench", puppet, "--prompt", 500)
+    assert "threads" in refused("bench", puppet, "--threads", 0)
+    assert "no gates" in refused("report", folders["dense"], "--data", text, "--out", tmp_path / "report")
+    assert "cannot read" in refused("compact", puppet, "--plan", tmp_path / "none.json", "--out", tmp_path / "small")
+
+
+def test_wrong_training_requests(refused, folders, tmp_path):
+    train = ("train", folders["dense"], "--out", tmp_path / "out")
+    assert "missing.txt" in refused(*train, "--data", tmp_path / "missing.txt")
+    assert "steps" in refused(*train, "--data", folders["text"], "--steps", 0)
+    assert "preset" in refused(*train, "--data", folders["text"], "--preset", "newer")
+    assert "name=value" in refused(*train, "--data", folders["text"], "--set", "lamda=1")
+    assert "distill" in refused(*train, "--data", folders["text"], "--distill", 2)
+    config = ("train", tmp_path / "config.json", "--tokenizer", folders["dense"], "--data", folders["text"])
+    assert "does not exist" in refused(*config, "--out", tmp_path / "out")
+    (tmp_path / "config.json").write_text("{}")
+    assert "not a model config" in refused(*config, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_unasked(refused, ok, folders, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    compact = ("compact", folders["puppet"], "--size", 0.5, "--out", tmp_path / "full")
+    assert "is not empty" in refused(*compact)
+    assert "thesis.txt" in refused(*compact, "--force")
+    (tmp_path / "plan.json").write_text("mine")
+    resize = ("resize", folders["puppet"], "--size", 0.5, "--out", tmp_path / "plan.json")
+    assert "exists" in refused(*resize)
+    assert (tmp_path / "plan.json").read_text() == "mine"
+    ok(*resize, "--force")
+    assert Plan.load(tmp_path / "plan.json").source == "gates"
+
+
+def test_usage_errors_exit_with_2(ppnet, folders, tmp_path):
+    for arguments in (
+        ("resize", folders["puppet"]),
+        ("shrink",),
+        ("eval", folders["puppet"], "--data", folders["text"], "--window", "wide"),
+        ("compact", folders["puppet"], "--out", tmp_path / "small"),
+        ("compact", folders["puppet"], "--out", tmp_path / "small", "--size", 0.5, "--plan", "plan.json"),
+    ):
+        code, out, err = ppnet(*arguments)
+        assert code == 2 and out == "" and "Usage" in err
+
+
+def test_interrupt_exits_with_130(ppnet, monkeypatch, tmp_path):
+    def interrupted(output, fast=False):
+        raise KeyboardInterrupt
+
+    stand_in = ModuleType("ppnet.demo")
+    stand_in.run = interrupted
+    monkeypatch.setitem(sys.modules, "ppnet.demo", stand_in)
+    code, out, _ = ppnet("demo", "--out", tmp_path / "demo")
+    assert code == 130 and out == ""
+
+
+def test_every_command_explains_itself(ppnet):
+    code, out, _ = ppnet("--help")
+    assert code == 0
+    for command in ("inspect", "train", "resize", "compact", "eval", "bench", "report", "demo"):
+        assert command in out
+        code, text, _ = ppnet(command, "--help")
+        assert code == 0 and "Example" in text and "--json" in text
+
+
+def test_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "ppnet", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout
