@@ -80,7 +80,9 @@ def test_resize_then_compact_then_eval(ok, ppnet, folders, tmp_path):
     assert as_it_is["rows"][0]["nll"] == pytest.approx(at_size["rows"][0]["nll"], abs=1e-5)
     assert as_it_is["rows"][0]["params"] == written["cost"]["params"]
     assert ok("bench", small, "--rounds", 1)["rows"][0]["params"] == written["cost"]["params"]
-    code, out, _ = ppnet("compact", folders["dense"], "--size", 20_000, "--out", tmp_path / "by_magnitude", "--no-check")
+    code, out, _ = ppnet(
+        "compact", folders["dense"], "--size", 20_000, "--out", tmp_path / "by_magnitude", "--no-check"
+    )
     assert code == 0 and "magnitude" in out and "not compared" in out
     assert ok("resize", folders["puppet"], "--size", 0.5, "--of", "gated", "--multiple-of", "neuron=4")["of"] == "gated"
 
@@ -102,8 +104,9 @@ def test_train_from_a_config_then_resume_then_report(ok, ppnet, folders, tmp_pat
     pytest.importorskip("matplotlib")
     out = tmp_path / "trained"
     command = (
-        "train", folders["dense"] / "config.json", "--data", folders["text"], "--out", out, "--length", 32, "--batch", 2,
-        "--dense-steps", 2, "--save-steps", 2, "--distill", 0.25, "--set", "lambda_rate=0.5", "--device", "cpu",
+        "train", folders["dense"] / "config.json", "--data", folders["text"], "--out", out, "--length", 32,
+        "--batch", 2, "--dense-steps", 2, "--save-steps", 2, "--distill", 0.25, "--set", "lambda_rate=0.5",
+        "--device", "cpu",
     )  # fmt: skip
     first = ok(*command, "--steps", 2)
     assert first["steps"] == 2 and first["dense_training_loss"] > 0 and "gated_flops_at_1" in first["gates"]
@@ -134,7 +137,7 @@ def test_wrong_requests_say_what_to_do(refused, folders, tmp_path):
     puppet, text = folders["puppet"], folders["text"]
     assert "is not a folder" in refused("inspect", tmp_path / "missing")
     assert "no config.json" in refused("eval", tmp_path, "--data", text, "--tokenizer", puppet)
-    assert "above dense" in refused("resize", puppet, "--size", 10**9)
+    assert "above the dense" in refused("resize", puppet, "--size", 10**9)
     assert "smallest" in refused("resize", puppet, "--size", 0.001)
     assert "metric" in refused("resize", puppet, "--size", 0.5, "--metric", "latency")
     assert "of:" in refused("resize", puppet, "--size", 0.5, "--of", "layers")

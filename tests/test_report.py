@@ -21,6 +21,7 @@ from tiny_folders import TEXT, model, puppet, tokenizer
 from ppnet.errors import DataError, PPNetError, SizeError
 from ppnet.evaluate import perplexity
 from ppnet.report import report, write
+from ppnet.report.page import page
 from ppnet.report.plots import figures
 from ppnet.report.style import DARK, LIGHT, nice_ticks, short, spread_out
 from ppnet.size import resize
@@ -40,8 +41,9 @@ def gated():
 def made(gated, tmp_path_factory):
     before = {name: value.clone() for name, value in gated.state_dict().items()}
     result = report(
-        gated, tokenizer(), TEXT * 8, tmp_path_factory.mktemp("report") / "new", sizes=SIZES, draws=3, speed_options=SPEED,
-        dense_anchor=40.0, comparisons=OTHERS, extra_tables=TABLES, title="tiny <puppet>", window=32,
+        gated, tokenizer(), TEXT * 8, tmp_path_factory.mktemp("report") / "new", sizes=SIZES, draws=3,
+        speed_options=SPEED, dense_anchor=40.0, comparisons=OTHERS, extra_tables=TABLES, title="tiny <puppet>",
+        window=32,
     )  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in gated.state_dict().items())
     return result
@@ -99,8 +101,8 @@ def test_figures_decode(made):
 
     images = sorted(made.folder.glob("*.png"))
     assert {image.stem for image in images} == {
-        "perplexity_params", "perplexity_flops", "perplexity_bytes", "perplexity_prefill", "perplexity_decode", "speedup",
-        "thresholds", "survival", "kept_widths",
+        "perplexity_params", "perplexity_flops", "perplexity_bytes", "perplexity_prefill", "perplexity_decode",
+        "speedup", "thresholds", "survival", "kept_widths",
     }  # fmt: skip
     for file in images:
         with Image.open(file) as image:
@@ -140,11 +142,13 @@ def test_writing_again_replaces_ours_and_keeps_theirs(made, tmp_path):
         write(made, tmp_path / "notes.txt")
 
 
-def test_an_infinite_perplexity_is_drawn_around(made, tmp_path):
-    broken = dataclasses.replace(made.rows[-1], perplexity=math.inf, ratio=math.inf)
-    written = write(dataclasses.replace(made, rows=(*made.rows[:-1], broken)), tmp_path / "infinite")
-    assert json.loads((written.folder / "report.json").read_text())["rows"][-1]["perplexity"] is None
-    assert "∞" in (written.folder / "report.html").read_text()
+def test_an_infinite_perplexity_is_drawn_around(made):
+    broken = [dataclasses.replace(row, perplexity=math.inf, ratio=math.inf) for row in made.rows]
+    one = dataclasses.replace(made, rows=(*made.rows[:-1], broken[-1]))
+    assert set(figures(one, LIGHT)) == set(figures(made, LIGHT))
+    assert one.to_dict()["rows"][-1]["perplexity"] is None and "∞" in page(one, {}, {})
+    everything = dataclasses.replace(made, rows=tuple(broken))
+    assert set(figures(everything, LIGHT)) == {"speedup", "thresholds", "survival", "kept_widths"}
 
 
 def test_without_speed_and_draws(gated, tmp_path):
@@ -166,6 +170,11 @@ def test_bad_requests(gated, tmp_path):
         report(gated, words, TEXT, tmp_path / "a", draws=-1)
     with pytest.raises(PPNetError, match="sizes"):
         report(gated, words, TEXT, tmp_path / "a", sizes=())
+    broken = puppet()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(math.nan)
+    with pytest.raises(PPNetError, match="perplexity of the dense model is nan"):
+        report(broken, words, TEXT, tmp_path / "a")
     with pytest.raises(DataError, match="empty"):
         report(gated, words, " ", tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -29,13 +29,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> LlamaForCausalLM:
     """3 layers, 4 KV groups of 2 query heads, 44 neurons, 40 tokens of vocabulary, context 64."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=8,
-            num_key_value_heads=4, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-            initializer_range=0.2,
-        )  # fmt: skip
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
 
 
 def puppet() -> LlamaForCausalLM:

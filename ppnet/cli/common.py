@@ -90,12 +90,22 @@ def parse_size(text: str) -> float | int:
     try:
         value = float(text.replace("_", ""))
     except ValueError:
-        raise PPNetError(f"size: {text!r} is not a number; give a fraction such as 0.5, or an absolute number.") from None
+        raise PPNetError(
+            f"size: {text!r} is not a number; give a fraction such as 0.5, or an absolute number."
+        ) from None
     return int(value) if value > 1 and value.is_integer() else value
 
 
 def parse_sizes(text: str) -> list[float | int]:
-    return [parse_size(part.strip()) for part in text.split(",") if part.strip()]
+    """Sizes between commas.
+
+    Raises:
+        PPNetError: one is not a number, or there is none.
+    """
+    sizes = [parse_size(part.strip()) for part in text.split(",") if part.strip()]
+    if not sizes:
+        raise PPNetError(f"sizes: {text!r} holds no size; give fractions such as 1,0.5,0.25.")
+    return sizes
 
 
 def parse_multiple_of(pairs: list[str] | None) -> dict[str, int] | None:
@@ -176,7 +186,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer.") from error
+        raise DataError(
+            f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer."
+        ) from error
 
 
 def achieved(plan: Any) -> dict[str, Any]:

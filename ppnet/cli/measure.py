@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -31,12 +31,14 @@ from ppnet.errors import PPNetError
 if TYPE_CHECKING:
     from ppnet.evaluate import Speed
 
-Folder = Annotated[Path, typer.Argument(help="A Hugging Face model folder: dense, with gates, or compacted.", show_default=False)]
+Folder = Annotated[
+    Path, typer.Argument(help="A Hugging Face model folder: dense, with gates, or compacted.", show_default=False)
+]
 DataFile = Annotated[list[Path], typer.Option("--data", help="UTF-8 text file; may be given several times.")]
 Window = Annotated[int | None, typer.Option(help="Tokens per window; default: 2048 or the model's context.")]
 Stride = Annotated[int | None, typer.Option(help="Tokens between window starts; default: the window (no overlap).")]
 Batch = Annotated[int, typer.Option(help="Windows per forward pass.")]
-Bos = Annotated[str, typer.Option(help="Where BOS goes: auto, document, window or none.")]
+Bos = Annotated[Literal["auto", "document", "window", "none"], typer.Option(help="Where BOS goes.")]
 Separator = Annotated[str | None, typer.Option(help="Splits the text into documents, e.g. '<|endoftext|>'.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Score only the first so many tokens.")]
 Prompt = Annotated[int | None, typer.Option(help="Prompt tokens; default: 128, or half of a shorter context.")]
@@ -44,6 +46,9 @@ New = Annotated[int | None, typer.Option(help="New tokens; default: 64, or a qua
 Rounds = Annotated[int, typer.Option(help="Timed rounds; the median counts.")]
 SpeedBatch = Annotated[int, typer.Option(help="Sequences decoded at once.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")]
+
+
+BENCH_SIZES = "0.75,0.5,0.25"
 
 
 def evaluate(
@@ -70,7 +75,7 @@ def evaluate(
     """
     from ppnet.evaluate import perplexity
 
-    wanted = parse_sizes(sizes) if sizes else [None]
+    wanted: list[float | int | None] = list(parse_sizes(sizes)) if sizes is not None else [None]
     with quiet_stdout():
         words = load_tokenizer(tokenizer or folder)
         model = load_model(folder, device, dtype)
@@ -78,9 +83,16 @@ def evaluate(
         rows = []
         for size, plan in zip(wanted, plans, strict=True):
             measured = perplexity(
-                _sized(model, plan), words, data, window=window, stride=stride, batch_size=batch, bos=bos,
-                separator=separator, max_tokens=max_tokens,
-            )  # fmt: skip
+                _sized(model, plan),
+                words,
+                data,
+                window=window,
+                stride=stride,
+                batch_size=batch,
+                bos=bos,
+                separator=separator,
+                max_tokens=max_tokens,
+            )
             rows.append({"size": size, **_cost_of(model, plan), **measured.to_dict()})
     lines = [
         [
@@ -95,12 +107,16 @@ def evaluate(
     first = rows[0]
     note = f"windows of at most {first['window']} tokens, stride {first['stride']}, BOS: {first['bos']}"
     head = ["size", "parameters", "perplexity", "NLL per token (nats)", "tokens"]
-    show({"model": folder, "metric": metric, "of": of, "rows": rows}, json, table(f"quality of {folder}", head, lines, note))
+    show(
+        {"model": folder, "metric": metric, "of": of, "rows": rows},
+        json,
+        table(f"quality of {folder}", head, lines, note),
+    )
 
 
 def bench(
     folder: Folder,
-    sizes: Sizes = "0.75,0.5,0.25",
+    sizes: Sizes = None,
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
@@ -120,32 +136,32 @@ def bench(
     from ppnet.compact import compact
     from ppnet.evaluate import speed
 
-    wanted = parse_sizes(sizes or "")
     _set_threads(threads)
     with quiet_stdout():
         model = load_model(folder, device, dtype)
         workload = _workload(model, prompt, new, batch, rounds)
+        measured: list[tuple[str, float | None, Speed]]
         if hasattr(model, "ppnet_plan"):
-            measured = [speed(model, **workload)]  # compacted already: there is nothing to resize
-            wanted = []
+            if sizes is not None:
+                raise PPNetError(f"sizes: {folder} is compacted already and has one size; leave --sizes out.")
+            measured = [("as it is", None, speed(model, **workload))]
         else:
+            wanted = parse_sizes(sizes or BENCH_SIZES)
             plans = [_plan(model, size, metric, of, multiple_of) for size in wanted]
             dense = compact(model, 1.0).eval()
-            measured = [speed(compact(model, plan).eval(), baseline=dense, **workload) for plan in plans]
-    rows = []
-    for size, figures in zip(wanted or [None], measured, strict=True):
-        rows.append({"size": size, **figures.to_dict()})
-    lines = []
-    if wanted and measured[0].baseline is not None:
-        lines.append(_speed_line("dense", measured[0].baseline))
-    lines += [
-        _speed_line("as it is" if size is None else f"{size:g}", figures)
-        for size, figures in zip(wanted or [None], measured, strict=True)
-    ]
-    setting = measured[0].setting
+            measured = [
+                (f"{size:g}", size, speed(compact(model, plan).eval(), baseline=dense, **workload))
+                for size, plan in zip(wanted, plans, strict=True)
+            ]
+    rows = [{"size": size, **figures.to_dict()} for _, size, figures in measured]
+    lines = [_speed_line(name, figures) for name, _, figures in measured]
+    first = measured[0][2]
+    if first.baseline is not None:
+        lines.insert(0, _speed_line("dense", first.baseline))
+    setting = first.setting
     note = (
-        f"{workload['prompt_tokens']} prompt + {workload['new_tokens']} new tokens, batch {batch}, median of {rounds} rounds, "
-        f"{setting['processor']}, {setting['threads']} threads, {setting['dtype']}"
+        f"{workload['prompt_tokens']} prompt + {workload['new_tokens']} new tokens, batch {batch}, median of {rounds} "
+        f"rounds, {setting['processor']}, {setting['threads']} threads, {setting['dtype']}"
     )
     head = ["size", "parameters", "MB", "prefill tok/s", "x dense", "decode tok/s", "x dense", "cache B/token"]
     result = {"model": folder, "metric": metric, "of": of, "rows": rows}
@@ -189,17 +205,32 @@ def report(
 
     require_extra()
     check_output(out, force)
-    wanted = parse_sizes(sizes) if sizes else None
+    wanted = parse_sizes(sizes) if sizes is not None else None
     _set_threads(threads)
     with quiet_stdout():
         words = load_tokenizer(tokenizer or folder)
         model = load_model(folder, device, dtype)
         made = make_report(
-            model, words, data, out, sizes=wanted, metric=metric, of=of, multiple_of=parse_multiple_of(multiple_of),
-            draws=draws, window=window, stride=stride, batch_size=batch, bos=bos, separator=separator,
-            max_tokens=max_tokens, measure_speed=speed, speed_options=_workload(model, prompt, new, 1, rounds),
-            dense_anchor=anchor, title=title or folder.resolve().name,
-        )  # fmt: skip
+            model,
+            words,
+            data,
+            out,
+            sizes=wanted,
+            metric=metric,
+            of=of,
+            multiple_of=parse_multiple_of(multiple_of),
+            draws=draws,
+            window=window,
+            stride=stride,
+            batch_size=batch,
+            bos=bos,
+            separator=separator,
+            max_tokens=max_tokens,
+            measure_speed=speed,
+            speed_options=_workload(model, prompt, new, 1, rounds),
+            dense_anchor=anchor,
+            title=title or folder.resolve().name,
+        )
     lines = [
         [
             f"{row.size:.3g}",
@@ -244,7 +275,7 @@ def _cost_of(model: Any, plan: Any) -> dict[str, int]:
     return {"params": sum(p.numel() for name, p in model.named_parameters() if not name.startswith("puppet."))}
 
 
-def _workload(model: Any, prompt: int | None, new: int | None, batch: int, rounds: int) -> dict[str, int]:
+def _workload(model: Any, prompt: int | None, new: int | None, batch: int, rounds: int) -> dict[str, Any]:
     from ppnet.evaluate import fitting_workload
 
     fitting = fitting_workload(model)

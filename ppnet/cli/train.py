@@ -9,8 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ppnet.cli.common import Device, Force, Json, Tokenizer, check_output, load_model, load_tokenizer, place, quiet_stdout, show
-from ppnet.errors import CheckpointError, PPNetError
+from ppnet.cli.common import (
+    Device,
+    Force,
+    Json,
+    Tokenizer,
+    check_output,
+    load_model,
+    load_tokenizer,
+    place,
+    quiet_stdout,
+    show,
+)
+from ppnet.errors import CheckpointError, DataError, PPNetError
 
 if TYPE_CHECKING:
     from ppnet.train import PuppetTrainer
@@ -19,7 +30,9 @@ DENSE = "dense"  # subfolder of the dense phase
 
 
 def train(
-    source: Annotated[Path, typer.Argument(help="Model folder, or a config.json to start from scratch.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="Model folder, or a config.json to start from scratch.", show_default=False)
+    ],
     data: Annotated[list[Path], typer.Option("--data", help="UTF-8 text or .jsonl file; may be given several times.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoints and, at the end, of the model with gates.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps with gates.")] = 1000,
@@ -30,7 +43,9 @@ def train(
     batch: Annotated[int, typer.Option(help="Sequences per device and micro-step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Micro-steps per optimizer step.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    distill: Annotated[float | None, typer.Option(help="Weight of the model's own dense pass as a teacher, 0 to 1.")] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Weight of the model's own dense pass as a teacher, 0 to 1.")
+    ] = None,
     options: Annotated[
         list[str] | None, typer.Option("--set", help="Any PuppetConfig option, e.g. lambda_rate=0.5; may be repeated.")
     ] = None,
@@ -39,7 +54,9 @@ def train(
     tokenizer: Tokenizer = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint in --out.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order, lambda and masks.")] = 0,
     device: Device = None,
     force: Force = False,
@@ -48,13 +65,16 @@ def train(
     """Train gates and weights together, so that the model works at every size.
 
     Example:  ppnet train models/llama --data train.txt --out puppet --steps 2000
-    Example:  ppnet train config.json --tokenizer models/llama --data train.txt --out puppet --dense-steps 3000 --steps 2000
+    Example:  ppnet train config.json --tokenizer models/llama --data train.txt --out puppet --dense-steps 3000
     """
     for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("save-steps", save_steps)):
         if value < 1:
             raise PPNetError(f"{name}: must be at least 1, got {value}.")
     if dense_steps < 0:
         raise PPNetError(f"dense-steps: must be at least 0, got {dense_steps}.")
+    for file in data:
+        if not file.is_file():
+            raise DataError(f"data: {file} does not exist; give existing text or .jsonl files.")
     if not resume:
         check_output(out, force)
     words_folder = tokenizer or (source if source.is_dir() else source.parent)
@@ -87,7 +107,9 @@ def train(
     show(result, json, *lines, "gates: " + ", ".join(gates), f"next: ppnet report {out} --data valid.txt --out report")
 
 
-def _puppet_config(preset: str, gate_lr: float | None, distill: float | None, seed: int, options: list[str] | None) -> Any:
+def _puppet_config(
+    preset: str, gate_lr: float | None, distill: float | None, seed: int, options: list[str] | None
+) -> Any:
     import json
 
     from ppnet.gates import PuppetConfig

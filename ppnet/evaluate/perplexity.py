@@ -128,7 +128,7 @@ def perplexity(
     nll = float(sums.sum() / tokens)
     return Perplexity(
         nll=nll,
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        perplexity=math.inf if nll >= 700 else math.exp(nll),
         stderr=_stderr(sums, counts, nll),
         tokens=tokens,
         windows=len(windows),
@@ -147,7 +147,9 @@ def _window_length(model: nn.Module, window: int | None) -> int:
     if window < 2:
         raise DataError(f"window: must be at least 2 tokens, got {window}.")
     if context is not None and window > context:
-        raise DataError(f"window: {window} tokens exceed the model's context of {context}; use window={context} or less.")
+        raise DataError(
+            f"window: {window} tokens exceed the model's context of {context}; use window={context} or less."
+        )
     return window
 
 

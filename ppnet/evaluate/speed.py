@@ -224,8 +224,8 @@ def _result(run: _Runs, prompt_tokens: int, new_tokens: int, batch_size: int, ro
     )
 
 
-def setting(model: nn.Module) -> dict[str, Any]:
-    """What a speed depends on besides the model: processor, threads, load of the last minute, dtype, device, versions."""
+def setting(model: Any) -> dict[str, Any]:
+    """What a speed depends on besides the model: processor, threads, load of the last minute, dtype, device."""
     import transformers
 
     device = device_of(model)

@@ -37,7 +37,9 @@ def read_text(data: str | os.PathLike) -> str:
         except UnicodeDecodeError as error:
             raise DataError(f"data: {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
         except OSError as error:
-            raise DataError(f"data: cannot read {path}: {error.strerror or error}. Give an existing text file.") from error
+            raise DataError(
+                f"data: cannot read {path}: {error.strerror or error}. Give an existing text file."
+            ) from error
     if not text.strip():
         raise DataError(f"data: {where} is empty; give text with at least two tokens.")
     return text

@@ -1,10 +1,11 @@
-"""Measures a puppet at many sizes: quality of the deterministic sizes and of mask draws, cost, speed after compaction."""
+"""Measures a puppet at many sizes: quality of the sizes and of mask draws, cost, speed after compaction."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.compact import compact
-from ppnet.cost import check_metric
+from ppnet.cost import CostModel, check_metric
 from ppnet.errors import PPNetError
 from ppnet.evaluate.perplexity import Perplexity, perplexity
 from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.speed import Speed, fitting_workload, setting, speed
 from ppnet.evaluate.tokens import Bos, Data, token_sequences
+from ppnet.gates import Puppet
 from ppnet.plan import Plan
 from ppnet.report.result import Report, SiteCurve, SizeRow
 from ppnet.report.write import require_extra, write
@@ -56,8 +58,8 @@ def report(
 ) -> Report:
     """Measures a puppet at many sizes and writes the result to a folder (`ppnet.report.write`).
 
-    Every size is compacted, scored and timed in turns with the dense model; then the masks are drawn `draws` times at the
-    same u and scored, which shows how much the choice of units matters.
+    Every size is compacted, scored and timed in turns with the dense model; then the masks are drawn `draws` times at
+    the same u and scored, which shows how much the choice of units matters.
 
     Args:
         model: a model with gates (`ppnet.wrap` or `ppnet.load`); unchanged afterwards.
@@ -80,21 +82,24 @@ def report(
         Report
 
     Raises:
-        PPNetError: matplotlib or Jinja2 is missing, the model has no gates, or a bad option.
+        PPNetError: matplotlib or Jinja2 is missing, the model has no gates, a bad option, or the dense model's
+            perplexity is not finite.
         SizeError: a size that the model cannot take. DataError: data that cannot be scored.
     """
     if output is not None:
         require_extra()
-    puppet = getattr(model, "puppet", None)
+    puppet: Any = getattr(model, "puppet", None)
     if puppet is None:
-        raise PPNetError("model: has no gates; wrap it with ppnet.wrap(model) and train, or load a puppet (ppnet.load).")
+        raise PPNetError(
+            "model: has no gates; wrap it with ppnet.wrap(model) and train, or load a puppet (ppnet.load)."
+        )
     check_metric(metric)
     if draws < 0:
         raise PPNetError(f"draws: must be at least 0, got {draws}.")
     started = time.perf_counter()
     plans = _plans(model, sizes, metric, of, multiple_of)
     documents, bos, _ = token_sequences(tokenizer, data, bos=bos, separator=separator, max_tokens=max_tokens)
-    scoring = {
+    scoring: dict[str, Any] = {
         "window": window,
         "stride": stride,
         "batch_size": batch_size,
@@ -107,6 +112,11 @@ def report(
 
     with resize(model, 1.0):
         dense_quality = quality(model)
+    if not math.isfinite(dense_quality.perplexity):
+        raise PPNetError(
+            f"model: the perplexity of the dense model is {dense_quality.perplexity}; its weights are damaged or the "
+            "data is not what it was trained on. Check it with ppnet.evaluate.perplexity."
+        )
     machine = setting(model)  # before the work, which loads the machine itself
     workload = speed_options if speed_options is not None else fitting_workload(model)
     dense_model = compact(model, 1.0).eval() if measure_speed else None
@@ -134,10 +144,10 @@ def report(
             if progress:
                 steps.advance(draws - len(of_size))
             every_draw += of_size
-            rows.append(_row(model, size, plan, measured, dense_quality, dense_anchor, of_size, speeds))
+            rows.append(_row(puppet, size, plan, measured, dense_quality, dense_anchor, of_size, speeds))
     about = {
         "model_type": puppet.structure.model_type,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 1),
         "draws_per_size": draws,
         "tokens": dense_quality.tokens,
@@ -169,9 +179,12 @@ def report(
 
 def default_sizes(model: nn.Module, metric: str = "flops", of: str = "model") -> list[float]:
     """Fractions from 1 down to 0.1, or at least ten evenly spaced ones where the floor is higher than that."""
-    costs = model.puppet.costs
+    puppet: Any = model.puppet
+    costs: CostModel = puppet.costs
     ones = [1] * len(costs.unit)
-    whole, least = (costs.dense, costs.total(ones)) if of == "model" else (costs.gated(costs.dense_units), costs.gated(ones))
+    whole, least = (
+        (costs.dense, costs.total(ones)) if of == "model" else (costs.gated(costs.dense_units), costs.gated(ones))
+    )
     floor = least.of(metric) / whole.of(metric)
     sizes = [size for size in SIZES if size >= floor]
     if len(sizes) >= FEWEST_SIZES:
@@ -191,27 +204,30 @@ def _plans(
     return [(size, make_plan(model, size, metric=metric, of=of, multiple_of=multiple_of)) for size in wanted]
 
 
-def _fractions(plan: Plan) -> dict[str, float]:
+def _fractions(plan: Plan) -> dict[str, Any]:
     return {
-        f"{metric}_fraction": plan.cost.of(metric) / plan.dense_cost.of(metric) for metric in ("params", "flops", "bytes")
+        f"{metric}_fraction": plan.cost.of(metric) / plan.dense_cost.of(metric)
+        for metric in ("params", "flops", "bytes")
     }
 
 
 def _row(
-    model: nn.Module,
+    puppet: Puppet,
     size: float,
     plan: Plan,
     measured: Perplexity,
     dense: Perplexity,
     anchor: float | None,
-    draws: list[dict[str, float]],
+    draws: list[dict[str, Any]],
     speeds: Speed | None,
 ) -> SizeRow:
-    structure, costs = model.puppet.structure, model.puppet.costs
+    structure, costs = puppet.structure, puppet.costs
     counts = plan.counts(structure)
     keep = {}
     for kind in sorted({site.kind for site in structure.sites}):
-        of_kind = [(count, site.units) for count, site in zip(counts, structure.sites, strict=True) if site.kind == kind]
+        of_kind = [
+            (count, site.units) for count, site in zip(counts, structure.sites, strict=True) if site.kind == kind
+        ]
         keep[kind] = sum(count for count, _ in of_kind) / sum(units for _, units in of_kind)
     spread: dict[str, Any] = {}
     if draws:
@@ -255,7 +271,7 @@ def _row(
     )
 
 
-def _site_curves(puppet: Any, u_grid: list[float], metric: str) -> tuple[SiteCurve, ...]:
+def _site_curves(puppet: Puppet, u_grid: list[float], metric: str) -> tuple[SiteCurve, ...]:
     """Thresholds, and the size at which each unit leaves when units go one by one in the order of the gates."""
     with torch.no_grad():
         tau = torch.stack([puppet.threshold(u).float().cpu() for u in u_grid])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
@@ -55,8 +58,14 @@ def survival(result: Report, theme: Theme) -> Figure:
     for axis, kind in zip(axes, kinds, strict=True):
         sites = sorted((site for site in result.sites if site.kind == kind), key=lambda s: s.layer)
         table = np.array([_stretched(site.leaves_at) for site in sites])
-        image = axis.imshow(table, aspect="auto", cmap=colours, norm=norm, interpolation="nearest",
-                            extent=(0.0, 100.0, len(sites) - 0.5, -0.5))  # fmt: skip
+        image = axis.imshow(
+            table,
+            aspect="auto",
+            cmap=colours,
+            norm=norm,
+            interpolation="nearest",
+            extent=(0.0, 100.0, len(sites) - 0.5, -0.5),
+        )
         axis.grid(False)
         separate_rows(axis, theme, len(sites))
         _layer_axis(axis, [site.layer for site in sites])
@@ -68,10 +77,11 @@ def survival(result: Report, theme: Theme) -> Figure:
     if image is not None:
         bar = figure.colorbar(image, ax=axes, orientation="horizontal", fraction=0.045, pad=0.02, aspect=40)
         bar.set_label(
-            f"size at which the unit leaves ({METRIC_NAMES[result.metric]}, fraction of dense; 0: never)", color=theme.ink
+            f"size at which the unit leaves ({METRIC_NAMES[result.metric]}, fraction of dense; 0: never)",
+            color=theme.ink,
         )
         bar.ax.tick_params(colors=theme.faint, labelcolor=theme.ink)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return figure
 
 
@@ -97,12 +107,16 @@ def kept_widths(result: Report, theme: Theme) -> Figure:
         middle = widths[:, len(result.rows) // 2]
         span = f"{middle.min()} to {middle.max()}" if middle.min() < middle.max() else f"{middle.min()}"
         of = f"{dense.min()}" if dense.min() == dense.max() else "the layer's"
-        headline(axis, theme, f"{_name(kind)}: {span} of {of} stay per layer at size {result.rows[len(result.rows) // 2].size:.3g}")
+        headline(
+            axis,
+            theme,
+            f"{_name(kind)}: {span} of {of} stay per layer at size {result.rows[len(result.rows) // 2].size:.3g}",
+        )
     if image is not None:
         bar = figure.colorbar(image, ax=axes, orientation="horizontal", fraction=0.045, pad=0.02, aspect=40)
         bar.set_label("fraction of the layer's units that stay", color=theme.ink)
         bar.ax.tick_params(colors=theme.faint, labelcolor=theme.ink)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
     return figure
 
 
@@ -115,12 +129,14 @@ def _lambda_text(u: float) -> str:
     return "∞" if u >= 1.0 else f"{u / (1.0 - u):.3g}"
 
 
-def _layer_colours(theme: Theme, sites: list[SiteCurve]):
+def _layer_colours(theme: Theme, sites: list[SiteCurve]) -> Callable[[int], Any]:
     colours, last = theme.colormap(), max(1, max(site.layer for site in sites))
     return lambda layer: colours(layer / last)
 
 
-def _layer_labels(figure: Figure, axis: Axes, theme: Theme, sites: list[SiteCurve], colour) -> None:
+def _layer_labels(
+    figure: Figure, axis: Axes, theme: Theme, sites: list[SiteCurve], colour: Callable[[int], Any]
+) -> None:
     """Names the curves at their right ends; many layers get a colour bar instead."""
     if len(sites) > MOST_LABELS:
         from matplotlib.cm import ScalarMappable
@@ -130,14 +146,22 @@ def _layer_labels(figure: Figure, axis: Axes, theme: Theme, sites: list[SiteCurv
         bar.set_label("layer", color=theme.ink)
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         bar.ax.tick_params(colors=theme.faint, labelcolor=theme.ink)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return
     low, high = axis.get_ylim()
     places = spread_out([site.tau[-1] for site in sites], 0.062 * (high - low), low, high)
     for site, place in zip(sites, places, strict=True):
-        axis.annotate(f"layer {site.layer}", (1.0, site.tau[-1]), xytext=(1.02, place), textcoords=("axes fraction", "data"),
-                      color=theme.ink, fontsize=9, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour(site.layer), "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0})  # fmt: skip
+        axis.annotate(
+            f"layer {site.layer}",
+            (1.0, site.tau[-1]),
+            xytext=(1.02, place),
+            textcoords=("axes fraction", "data"),
+            color=theme.ink,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour(site.layer), "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0},
+        )
 
 
 def _layer_axis(axis: Axes, layers: list[int]) -> None:
@@ -151,7 +175,7 @@ def _stretched(values: tuple[float, ...]) -> np.ndarray:
     return np.asarray(values)[index]
 
 
-def _numbers(axis: Axes, widths: np.ndarray, shares: np.ndarray, colours) -> None:
+def _numbers(axis: Axes, widths: np.ndarray, shares: np.ndarray, colours: Colormap) -> None:
     size = 8.5 if widths.max() < 1000 and widths.shape[1] <= 12 else 6.5
     for (row, column), width in np.ndenumerate(widths):
         red, green, blue, _ = colours(float(shares[row, column]))

@@ -12,23 +12,24 @@ from ppnet.report.result import KIND_NAMES, METRIC_NAMES, Report, SizeRow
 
 CAPTIONS = {
     "perplexity_params": "Perplexity against parameters. Percentages are fractions of the dense model's parameters.",
-    "perplexity_flops": "Perplexity against the FLOPs of one token's forward pass: 2 per weight of every linear module, "
+    "perplexity_flops": "Perplexity against the FLOPs of one token's forward pass: 2 per weight of all linear modules, "
     "the output head included; attention scores, norms and embedding look-ups are not counted.",
     "perplexity_bytes": "Perplexity against the bytes of the weights as stored in memory.",
-    "perplexity_prefill": "Perplexity against measured prefill speed. Each compacted model is timed in turns with the dense "
-    "one. Percentages are the sizes asked for; bars across are the 20th to 80th percentile of the rounds.",
-    "perplexity_decode": "Perplexity against measured speed of greedy decoding with a key-value cache, as above.",
-    "speedup": "Measured speed over the dense model's, against the FLOPs kept. The dashed line is what FLOPs alone would "
-    "promise; the distance to it is overhead that does not shrink with the widths.",
-    "thresholds": "Threshold of every layer against the price of computation. A unit stays with probability 1/2 where its "
-    "importance equals the threshold, so a higher curve means that more of the layer goes.",
-    "survival": "When units leave. A unit's colour is the size the model has when that unit goes, if units go one by one in "
-    "the order of the gates. One unit of every layer and kind always stays.",
+    "perplexity_prefill": "Perplexity against measured prefill speed. Each compacted model is timed in turns with the "
+    "dense one. Percentages are the sizes asked for; bars across are the 20th to 80th percentile of the rounds.",
+    "perplexity_decode": "Perplexity against measured speed of greedy decoding with a key-value cache. Each compacted "
+    "model is timed in turns with the dense one; bars across are the 20th to 80th percentile of the rounds.",
+    "speedup": "Measured speed over the dense model's, against the FLOPs kept. The dashed line is what FLOPs alone "
+    "would promise; the distance to it is work that does not shrink with the widths.",
+    "thresholds": "Threshold of every layer against the price of computation. A unit stays with probability 1/2 where "
+    "its amplitude times its importance equals the threshold, so a higher curve asks for more.",
+    "survival": "When units leave. A unit's colour is the size the model has when that unit goes, if units go one by "
+    "one in the order of the gates. One unit of every layer and kind always stays.",
     "kept_widths": "Widths of the compacted models: units that stay in every layer at every size.",
 }
 BANDS = (
-    " The bands show the same u with masks drawn at random from the gates' inclusion probabilities, placed at the mean size "
-    "of the draws; a compacted model instead takes units in the order of the gates up to the size asked for."
+    " The bands show the same u with masks drawn at random from the gates' inclusion probabilities, placed at the mean "
+    "size of the draws; a compacted model instead takes units in the order of the gates, up to the size asked for."
 )
 BARS = " Upright bars: perplexity of the mask draws, whose speed was not measured; they stand at the compacted model's."
 
@@ -41,13 +42,20 @@ def page(result: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]) 
     """
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     template = environment.from_string((Path(__file__).parent / "template.html.j2").read_text(encoding="utf-8"))
     return template.render(
         result=result,
         cards=_cards(result),
         figures=[
-            {"name": name, "caption": _caption(result, name), "light": _inline(light[name]), "dark": _inline(dark[name])}
+            {
+                "name": name,
+                "caption": _caption(result, name),
+                "light": _inline(light[name]),
+                "dark": _inline(dark[name]),
+            }
             for name in light
         ],
         tables=[_size_table(result), *([_speed_table(result)] if _timed(result) else []), *_given_tables(result)],
@@ -78,7 +86,11 @@ def _cards(result: Report) -> list[dict[str, str]]:
     largest, smallest = result.rows[0], result.rows[-1]
     half = result.nearest(0.5)
     cards = [
-        _card(f"perplexity at size {largest.size:.3g}", number(largest.perplexity), f"{result.dense['params']:,} parameters dense"),
+        _card(
+            f"perplexity at size {largest.size:.3g}",
+            number(largest.perplexity),
+            f"{result.dense['params']:,} parameters dense",
+        ),
         _card(
             f"perplexity at {getattr(half, f'{result.metric}_fraction'):.0%} of {METRIC_NAMES[result.metric]}",
             number(half.perplexity),
@@ -134,15 +146,23 @@ def _size_table(result: Report) -> dict[str, Any]:
         return cells + [number(value) for value in spread] if drawn else cells
 
     note = (
-        f"Sorted by size, largest first. Sizes are fractions of the {result.of}'s {METRIC_NAMES[result.metric]}. MB: 10⁶ bytes of weights. "
-        "λ: price of computation at which the gates were read."
+        f"Sorted by size, largest first. Sizes are fractions of the {result.of}'s {METRIC_NAMES[result.metric]}. "
+        "MB: 10⁶ bytes of weights. λ: price of computation at which the gates were read."
     )
     return {"title": "Sizes", "note": note, "head": head, "rows": [line(row) for row in result.rows]}
 
 
 def _speed_table(result: Report) -> dict[str, Any]:
-    head = ["size asked", "prefill tokens/s", "20th to 80th pct.", "× dense", "decode tokens/s", "20th to 80th pct.", "× dense",
-            "cache bytes per token"]  # fmt: skip
+    head = [
+        "size asked",
+        "prefill tokens/s",
+        "20th to 80th pct.",
+        "× dense",
+        "decode tokens/s",
+        "20th to 80th pct.",
+        "× dense",
+        "cache bytes per token",
+    ]
     rows = [
         [
             f"{row.size:.3g}",
@@ -163,8 +183,8 @@ def _speed_table(result: Report) -> dict[str, Any]:
     machine = result.about["setting"]
     if (machine["load_average"] or 0) > 0.5 * machine["cores"]:
         note += (
-            f" The machine was busy with other work (load {machine['load_average']:.1f} on {machine['cores']} cores before the "
-            "start): these speeds are unreliable, measure again on an idle machine."
+            f" The machine was busy with other work (load {machine['load_average']:.1f} on {machine['cores']} cores "
+            "before the start): these speeds are unreliable, measure again on an idle machine."
         )
     return {"title": "Measured speed", "note": note, "head": head, "rows": rows}
 
@@ -172,7 +192,10 @@ def _speed_table(result: Report) -> dict[str, Any]:
 def _given_tables(result: Report) -> list[dict[str, Any]]:
     given: dict[str, Sequence[Mapping[str, Any]]] = dict(result.tables)
     if result.comparisons:
-        given = {"Other models": sorted(result.comparisons, key=lambda entry: -float(entry.get("params") or 0)), **given}
+        given = {
+            "Other models": sorted(result.comparisons, key=lambda entry: -float(entry.get("params") or 0)),
+            **given,
+        }
     tables = []
     for title, rows in given.items():
         head = list(dict.fromkeys(key for row in rows for key in row))
@@ -188,16 +211,22 @@ def _about(result: Report) -> list[tuple[str, str]]:
         ("model", f"{result.title} ({about['model_type']})"),
         (
             "quality",
-            f"{about['tokens']:,} scored tokens, {about['documents']:,} documents, {about['windows']:,} windows of at most "
-            f"{about['window']} tokens, stride {about['stride']}, BOS: {about['bos']}; mean NLL per token, exp",
+            f"{about['tokens']:,} scored tokens, {about['documents']:,} documents, {about['windows']:,} windows of at "
+            f"most {about['window']} tokens, stride {about['stride']}, BOS: {about['bos']}; mean NLL per token, exp",
         ),
-        ("uncertainty", f"{about['draws_per_size']} mask draws per size; at λ = 0 nothing is masked, so there are none"),
+        (
+            "uncertainty",
+            f"{about['draws_per_size']} mask draws per size; at λ = 0 nothing is masked, so there are none",
+        ),
     ]
     if about["speed"]:
         lines.append(("speed", ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in about["speed"].items())))
     lines += [
-        ("machine", f"{machine['processor']}, {machine['threads']} threads, load {number(machine['load_average'])} on "
-         f"{machine['cores']} cores before the start, {machine['device']}, {machine['dtype']}"),
+        (
+            "machine",
+            f"{machine['processor']}, {machine['threads']} threads, load {number(machine['load_average'])} on "
+            f"{machine['cores']} cores before the start, {machine['device']}, {machine['dtype']}",
+        ),
         ("versions", f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}"),
         ("made", f"{about['created']}, in {about['seconds']:,.0f} s"),
     ]

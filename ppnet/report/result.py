@@ -87,8 +87,8 @@ class SiteCurve:
 
     Attributes:
         tau: threshold at each of the report's `u_grid` points.
-        leaves_at: for every unit of the site, sorted from the last to leave to the first: the model's size, as a fraction
-            of the dense metric, at which the unit leaves (0: it never does).
+        leaves_at: for every unit of the site, sorted from the last to leave to the first: the model's size, as a
+            fraction of the dense metric, at which the unit leaves (0: it never does).
     """
 
     name: str

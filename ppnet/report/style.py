@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -37,10 +38,15 @@ class Theme:
 LIGHT = Theme("light", "#ffffff", "#1a1a1a", "#666666", "#e4e4e4", "#0072B2", "#D55E00", "#009E73", "#AA4499")
 DARK = Theme("dark", "#16181c", "#ececec", "#a3a7ad", "#33373d", "#56B4E9", "#F0A04B", "#2FC79B", "#E08BCB")
 
-FONT = {"font.size": 11, "font.family": "DejaVu Sans", "svg.fonttype": "path", "axes.formatter.use_mathtext": False}
+FONT: dict[Any, Any] = {
+    "font.size": 11,
+    "font.family": "DejaVu Sans",
+    "svg.fonttype": "path",
+    "axes.formatter.use_mathtext": False,
+}
 
 
-def canvas(theme: Theme, width: float = 6.2, height: float = 4.5, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def canvas(theme: Theme, width: float = 6.2, height: float = 4.8, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with `rows` axes below each other, in inches; text stays legible at a phone's width."""
     with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(width, height), dpi=170, facecolor=theme.background, layout="constrained")
@@ -66,8 +72,10 @@ def labels(axis: Axes, theme: Theme, x: str, y: str) -> None:
     axis.set_ylabel(y, color=theme.ink, fontsize=11)
 
 
-def legend(axis: Axes, theme: Theme, **options: object) -> None:
-    axis.legend(frameon=False, labelcolor=theme.ink, fontsize=9.5, **options)
+def legend(axis: Axes, theme: Theme) -> None:
+    """Below the axes, where no data can lie under it."""
+    figure: Any = axis.figure
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=theme.ink, fontsize=9.5)
 
 
 def short(value: float) -> str:
@@ -83,8 +91,15 @@ def short(value: float) -> str:
 def nice_ticks(low: float, high: float, most: int = 8) -> list[float]:
     """Round numbers inside [low, high] for a logarithmic axis: the finest set of steps with at most `most` ticks."""
     best: list[float] = []
-    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
-                  tuple(1 + 0.1 * i for i in range(90)), tuple(1 + 0.02 * i for i in range(450))):  # fmt: skip
+    for steps in (
+        (1,),
+        (1, 3),
+        (1, 2, 5),
+        (1, 1.5, 2, 3, 5, 7),
+        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+        tuple(1 + 0.1 * i for i in range(90)),
+        tuple(1 + 0.02 * i for i in range(450)),
+    ):
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
         ticks = [s * 10.0**e for e in range(first, last + 1) for s in steps if low <= s * 10.0**e <= high]
         if len(ticks) <= most and len(ticks) >= len(best):
@@ -93,7 +108,7 @@ def nice_ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 
 def log_scale(axis: Axes, which: str, low: float, high: float, most: int = 8) -> None:
-    """A logarithmic axis over [low, high] with round, plainly written ticks; linear if the range is narrower than 2x."""
+    """A logarithmic axis over [low, high] with round, plainly written ticks; linear if narrower than 2x."""
     target = axis.xaxis if which == "x" else axis.yaxis
     logarithmic = low > 0 and high / low >= 2.0
     pad = (high / low) ** 0.05 if logarithmic else 0.05 * (high - low) or 0.05 * abs(high) or 1.0
@@ -127,17 +142,28 @@ def label_points(
     axis: Axes, theme: Theme, points: Sequence[tuple[float, float]], texts: Sequence[str], *, to_the_left: bool
 ) -> None:
     """Writes a text below each point, on its left or right, leaving out those that would touch one already written."""
-    axis.figure.draw_without_rendering()
+    figure: Any = axis.figure
+    figure.draw_without_rendering()
     taken: list[tuple[float, float]] = []
-    scale = axis.figure.dpi / 72
+    scale = figure.dpi / 72
     for (x, y), text in zip(points, texts, strict=True):
         at = axis.transData.transform((x, y))
         if any(abs(at[0] - other[0]) < 32 * scale and abs(at[1] - other[1]) < 13 * scale for other in taken):
             continue
         taken.append((at[0], at[1]))
-        axis.annotate(text, (x, y), xytext=(-4 if to_the_left else 4, -5), textcoords="offset points", color=theme.faint,
-                      fontsize=9, ha="right" if to_the_left else "left", va="top", annotation_clip=True, zorder=5,
-                      bbox={"facecolor": theme.background, "alpha": 0.7, "edgecolor": "none", "pad": 0.5})  # fmt: skip
+        axis.annotate(
+            text,
+            (x, y),
+            xytext=(-4 if to_the_left else 4, -5),
+            textcoords="offset points",
+            color=theme.faint,
+            fontsize=9,
+            ha="right" if to_the_left else "left",
+            va="top",
+            annotation_clip=True,
+            zorder=5,
+            bbox={"facecolor": theme.background, "alpha": 0.7, "edgecolor": "none", "pad": 0.5},
+        )
 
 
 def separate_rows(axis: Axes, theme: Theme, rows: int, columns: int = 0) -> None:

@@ -70,6 +70,13 @@ class CheckpointMixin(Base):
             self._check_resumable(path)
         return super().train(path, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer looks at max_steps after a step only, so a finished run that is resumed would do one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _check_resumable(self, path: str) -> None:
         manifest = checkpointing.verify_checkpoint(path)
         if not manifest.get("resumable"):

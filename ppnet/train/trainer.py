@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from ppnet.errors import TrainingError
 from ppnet.gates.draw import draw_lambda, generator
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
+from ppnet.train.data import TextBlocks
 from ppnet.train.objective import distillation_loss, mark_updated, param_groups, shift_labels
 
 _DIVERGED_ADVICE = "lower the learning rate, lengthen the warm-up or set max_grad_norm, then resume from it"
@@ -71,6 +78,13 @@ class PuppetTrainerMixin(CheckpointMixin):
 
     _tokens: int | None = None
     _watched: torch.optim.Optimizer | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The Trainer's default with a tokenizer asks for a padding token, which blocks of equal length do not need.
+        data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(data, TextBlocks) and isinstance(self.data_collator, DataCollatorWithPadding):
+            self.data_collator = default_data_collator
 
     @property
     def puppet(self) -> Any:
