@@ -20,7 +20,7 @@ from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
     from ppnet import evaluate
-    from ppnet.report import report
+    from ppnet.reporting import report
     from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
 
 __version__ = "0.1.0"
@@ -30,7 +30,7 @@ _LAZY = {
     "PuppetTrainer": "ppnet.train",
     "PuppetTrainerMixin": "ppnet.train",
     "PuppetCallback": "ppnet.train",
-    "report": "ppnet.report",
+    "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
 }
 
@@ -62,6 +62,10 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     module = importlib.import_module(_LAZY[name])
-    value = module if _LAZY[name] == f"ppnet.{name}" and name == "evaluate" else getattr(module, name)
+    value = module if _LAZY[name] == f"ppnet.{name}" else getattr(module, name)
     globals()[name] = value
     return value
+
+
+# Compacted checkpoints then load through plain AutoModelForCausalLM, without trust_remote_code.
+register()

@@ -20,10 +20,10 @@ from tiny_folders import TEXT, model, puppet, tokenizer
 
 from ppnet.errors import DataError, PPNetError, SizeError
 from ppnet.evaluate import perplexity
-from ppnet.report import report, write
-from ppnet.report.page import page
-from ppnet.report.plots import figures
-from ppnet.report.style import DARK, LIGHT, nice_ticks, short, spread_out
+from ppnet.reporting import report, write
+from ppnet.reporting.page import page
+from ppnet.reporting.plots import figures
+from ppnet.reporting.style import DARK, LIGHT, nice_ticks, short, spread_out
 from ppnet.size import resize
 
 SIZES = (1.0, 0.7, 0.4)

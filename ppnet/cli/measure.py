@@ -200,8 +200,8 @@ def report(
 
     Example:  ppnet report puppet --data valid.txt --out report
     """
-    from ppnet.report import report as make_report
-    from ppnet.report import require_extra
+    from ppnet.reporting import report as make_report
+    from ppnet.reporting import require_extra
 
     require_extra()
     check_output(out, force)

@@ -48,7 +48,7 @@ class Puppet(nn.Module):
         self._lambdas: list[float] = []
         self._tokens = 1_000_000
         self._draw_count: int | None = None
-        self._importance: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
+        self._read: tuple[int | None, Tensor] | None = None
         device = next(model.parameters()).device
         sites, units, n = len(structure.sites), structure.total_units, config.control_points
         kinds = sorted({site.kind for site in structure.sites})
@@ -124,9 +124,6 @@ class Puppet(nn.Module):
     def importance(self, u: float, train: bool = False) -> Tensor:
         """Importance of every unit: ``(U,)``; differentiable when `train` and the config says so."""
         train = train and bool(self.config.train_importance)
-        constant = not train and not (self.config.amplitudes and self.config.importance in DEPENDS_ON_LAMBDA)
-        if constant and self._importance is not None and self._importance[0] == self.weight_versions():
-            return self._importance[1]
         function = get_importance(str(self.config.importance))
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             in_amplitude = self.in_amplitude(u)
@@ -136,10 +133,15 @@ class Puppet(nn.Module):
                 if in_amplitude is not None and site.kind == "neuron":
                     scale = in_amplitude[self.mlp_sites.index(index)]
                 parts.append(function(self.root, site, scale))
-            result = torch.cat(parts)
-        if constant:
-            self._importance = (self.weight_versions(), result)
-        return result
+            return torch.cat(parts)
+
+    def _training_importance(self, u: float) -> Tensor:
+        """Importance in a training pass: with its graph where it trains; else read once per draw (and its penalty)."""
+        if self.config.train_importance or (self.config.amplitudes and self.config.importance in DEPENDS_ON_LAMBDA):
+            return self.importance(u, train=True)
+        if self._read is None or self._read[0] != self._draw_count:
+            self._read = (self._draw_count, self.importance(u))
+        return self._read[1]
 
     def weight_versions(self) -> tuple[tuple[int, int], ...]:
         """Identity and in-place version of every leaf's weight: equal only while no weight has changed."""
@@ -185,22 +187,30 @@ class Puppet(nn.Module):
 
     def draw(self) -> Draw:
         """Draws lambda and the masks of one training pass and counts it. At lambda = 0 nothing is masked."""
-        if self._draw_count is None:
-            self._draw_count = int(self.draws)
-        source = generator(self.config.seed, self._draw_count)
+        number = self._next_draw()
+        source = generator(self.config.seed, number)
         lambda_ = draw_lambda(self.config, self.progress, source)
-        drawn = self._draw_at(lambda_, source, self._draw_count)
-        self._draw_count += 1
+        self._draw_count = number + 1
+        drawn = self._draw_at(lambda_, source, number)
         self.draws.fill_(self._draw_count)
         self.last_lambda = lambda_
         self._lambdas.append(lambda_)
         return drawn
 
+    def next_lambda(self) -> float:
+        """lambda that the coming draw will use: draws depend on the seed and their number alone."""
+        return draw_lambda(self.config, self.progress, generator(self.config.seed, self._next_draw()))
+
+    def _next_draw(self) -> int:
+        if self._draw_count is None:
+            self._draw_count = int(self.draws)
+        return self._draw_count
+
     def _draw_at(self, lambda_: float, source: torch.Generator, number: int) -> Draw:
         u = lambda_ / (1.0 + lambda_)
         if lambda_ == 0.0:
             return Draw(u, number, None, None if self.config.pin_dense else self.out_amplitude(0.0), self._input(0.0))
-        rho = self.inclusion(u, self.importance(u, train=True))
+        rho = self.inclusion(u, self._training_importance(u))
         mask = draw_masks(rho.detach().cpu(), self.structure, source)
         relaxed = mask.to(rho) + (rho - rho.detach())
         return Draw(u, number, mask, relaxed * self.out_amplitude(u), self._input(u))
@@ -215,7 +225,7 @@ class Puppet(nn.Module):
         for lambda_ in self._lambdas:
             if lambda_ > 0.0:
                 u = lambda_ / (1.0 + lambda_)
-                rho_bar = self.mean_inclusion(self.inclusion(u, self.importance(u, train=True)))
+                rho_bar = self.mean_inclusion(self.inclusion(u, self._training_importance(u)))
                 total = total + self.config.penalty * lambda_ * rho_bar / len(self._lambdas)
         return total
 

@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from ppnet.errors import TrainingError
-from ppnet.gates.draw import draw_lambda, generator
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
 from ppnet.train.data import TextBlocks
@@ -125,7 +124,7 @@ class PuppetTrainerMixin(CheckpointMixin):
         puppet.clear()
         share = float(puppet.config.distill)
         # Before the gated pass: activation checkpointing recomputes that one with the gates that are bound last.
-        teacher = self._dense_logits(model, inputs) if share > 0 and self._next_lambda() > 0 else None
+        teacher = self._dense_logits(model, inputs) if share > 0 and self.puppet.next_lambda() > 0 else None
         # The Trainer may take the labels out of the dictionary that it is given.
         result = super().compute_loss(model, dict(inputs), return_outputs or share > 0, num_items_in_batch, **kwargs)
         nll, outputs = result if isinstance(result, tuple) else (result, None)
@@ -151,11 +150,6 @@ class PuppetTrainerMixin(CheckpointMixin):
         if declared is not None:
             return bool(declared)
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-
-    def _next_lambda(self) -> float:
-        """lambda that the coming pass will draw: draws depend on their number alone."""
-        config, progress = self.puppet.config, self.puppet.progress
-        return draw_lambda(config, progress, generator(config.seed, int(self.puppet.draws)))
 
     def _dense_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         """Logits ``(B, T, V)`` of the dense pass without dropout; None if the model returns none."""

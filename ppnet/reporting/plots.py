@@ -10,9 +10,9 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ppnet.report.maps import kept_widths, survival, thresholds
-from ppnet.report.result import METRIC_NAMES, Report, SizeRow
-from ppnet.report.style import Theme, canvas, headline, label_points, labels, legend, log_scale
+from ppnet.reporting.maps import kept_widths, survival, thresholds
+from ppnet.reporting.result import METRIC_NAMES, Report, SizeRow
+from ppnet.reporting.style import Theme, canvas, headline, label_points, labels, legend, log_scale
 
 METRIC_AXES = {
     "params": "parameters of the compacted model",

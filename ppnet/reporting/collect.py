@@ -21,8 +21,8 @@ from ppnet.evaluate.speed import Speed, fitting_workload, setting, speed
 from ppnet.evaluate.tokens import Bos, Data, token_sequences
 from ppnet.gates import Puppet
 from ppnet.plan import Plan
-from ppnet.report.result import Report, SiteCurve, SizeRow
-from ppnet.report.write import require_extra, write
+from ppnet.reporting.result import Report, SiteCurve, SizeRow
+from ppnet.reporting.write import require_extra, write
 from ppnet.size import plan as make_plan
 from ppnet.size import resize
 
@@ -56,7 +56,7 @@ def report(
     title: str | None = None,
     progress: bool = True,
 ) -> Report:
-    """Measures a puppet at many sizes and writes the result to a folder (`ppnet.report.write`).
+    """Measures a puppet at many sizes and writes the result to a folder (`ppnet.reporting.write`).
 
     Every size is compacted, scored and timed in turns with the dense model; then the masks are drawn `draws` times at
     the same u and scored, which shows how much the choice of units matters.

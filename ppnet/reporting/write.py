@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ppnet.errors import PPNetError
 from ppnet.files import atomic_directory
-from ppnet.report.result import Report
+from ppnet.reporting.result import Report
 
 
 def require_extra() -> None:
@@ -37,9 +37,9 @@ def write(result: Report, output: str | Path) -> Report:
         PPNetError: matplotlib or Jinja2 is missing, or `output` is a file.
     """
     require_extra()
-    from ppnet.report.page import page
-    from ppnet.report.plots import figures, png
-    from ppnet.report.style import DARK, LIGHT
+    from ppnet.reporting.page import page
+    from ppnet.reporting.plots import figures, png
+    from ppnet.reporting.style import DARK, LIGHT
 
     output = Path(output)
     if output.exists() and not output.is_dir():

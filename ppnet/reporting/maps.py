@@ -11,8 +11,8 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from ppnet.report.result import KIND_NAMES, METRIC_NAMES, Report, SiteCurve
-from ppnet.report.style import Theme, canvas, headline, labels, separate_rows, spread_out
+from ppnet.reporting.result import KIND_NAMES, METRIC_NAMES, Report, SiteCurve
+from ppnet.reporting.style import Theme, canvas, headline, labels, separate_rows, spread_out
 
 LAMBDA_TICKS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 9.0)
 MOST_LABELS = 12  # layers that are labelled one by one

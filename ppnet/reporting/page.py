@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppnet.report.result import KIND_NAMES, METRIC_NAMES, Report, SizeRow
+from ppnet.reporting.result import KIND_NAMES, METRIC_NAMES, Report, SizeRow
 
 CAPTIONS = {
     "perplexity_params": "Perplexity against parameters. Percentages are fractions of the dense model's parameters.",
