@@ -101,7 +101,7 @@ class SiteCurve:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured; `ppnet.reporting.report` also writes it to a folder.
+    """Everything that was measured; `ppnet.report` also writes it to a folder.
 
     Attributes:
         title: the model's name. metric, of: what sizes are fractions of.
@@ -141,7 +141,7 @@ class Report:
         """Plain JSON values; infinities and NaN become None."""
         return finite(
             {
-                "format": "ppnet.reporting/1",
+                "format": "ppnet.report/1",
                 "title": self.title,
                 "metric": self.metric,
                 "of": self.of,

@@ -1,0 +1,167 @@
+"""One training step (forward, backward, clipping, AdamW) at a fixed keep fraction, against dense and dense times mask.
+
+Run: make bench, or python -m pytest benchmarks/bench_step.py --benchmark-only. Every round draws a new mask and times the
+three variants one after the other, so that load on the machine hits them alike; ratios are medians over rounds of the
+same run. The ideal is what the FLOPs say: s + (1 - s) / 24 of the gated matrices plus the ungated rest, where the rest is
+the measured step of a model whose sites all keep one unit.
+"""
+
+import copy
+import statistics
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ppnet.extension as extension
+from ppnet import PuppetConfig, wrap
+from ppnet.gates.draw import Draw
+
+WIDTH, LAYERS, HEADS, NEURONS, VOCABULARY = 512, 6, 8, 2048, 2048
+BATCH, LENGTH = 8, 256
+ROUNDS = 7
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=NEURONS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(DEVICE).train()
+
+
+class Step:
+    """A model with its optimizer; `run` makes one step and returns its seconds."""
+
+    def __init__(self, net):
+        self.net = net
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), device=DEVICE)
+
+    def run(self):
+        start = time.perf_counter()
+        loss = self.net(self.ids, labels=self.ids).loss
+        if hasattr(self.net, "puppet"):
+            loss = loss + self.net.puppet.penalty()
+            self.net.puppet.clear()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def keep_mask(structure, keep):
+    """A random mask that keeps exactly round(keep * units) units of every site, at least one: (U,) bool."""
+    parts = []
+    for site in structure.sites:
+        part = torch.zeros(site.units, dtype=torch.bool)
+        part[torch.randperm(site.units)[: max(1, round(keep * site.units))]] = True
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def draw_with(puppet, keep, u=0.5):
+    """What `Puppet.draw` returns at lambda = 1, with a mask of the asked keep fraction."""
+    rho = puppet.inclusion(u, puppet.importance(u, train=True))
+    mask = keep_mask(puppet.structure, keep)
+    puppet._lambdas.append(u / (1 - u))
+    relaxed = mask.to(rho) + (rho - rho.detach())
+    puppet.draws += 1
+    return Draw(u, int(puppet.draws), mask, relaxed * puppet.out_amplitude(u), puppet._input(u))
+
+
+def skipping(keep):
+    """A wrapped model whose every pass keeps the asked fraction."""
+    net = wrap(model(), PuppetConfig())
+    net.puppet.draw = lambda: draw_with(net.puppet, keep)
+    return Step(net)
+
+
+def masking(keep):
+    """Dense computation times the same gates, as published code does: the sub-layers' unit outputs are multiplied by z."""
+    net = wrap(model(), PuppetConfig())
+    puppet, plain = net.puppet, net
+    engine = net.__dict__["_ppnet_engine"]
+    gates = {}
+
+    def draw(module, args):
+        drawn = draw_with(puppet, keep)
+        for index, z in enumerate(drawn.gate.split([s.units for s in puppet.structure.sites])):
+            gates[index] = z, drawn.input_scale
+
+    engine.force_dense = True
+    plain.register_forward_pre_hook(draw)
+    for index, site in enumerate(puppet.structure.sites):
+        repeat = site.consumer.features_per_unit
+
+        def consumer(module, args, index=index, repeat=repeat):
+            return (args[0] * gates[index][0].repeat_interleave(repeat),)
+
+        plain.get_submodule(site.consumer.name).register_forward_pre_hook(consumer)
+        if site.kind == "neuron":
+            row = puppet.mlp_sites.index(index)
+            plain.get_submodule(site.block).register_forward_pre_hook(
+                lambda module, args, row=row, index=index: (args[0] * gates[index][1][row],)
+            )
+    return Step(plain)
+
+
+@pytest.fixture(scope="module")
+def rest():
+    """Seconds of a step in which every site keeps one unit and nothing is estimated: the ungated rest."""
+    if DEVICE == "cpu" and extension.available():
+        extension.host().keep_freed_memory()
+    from ppnet import compact
+
+    small = compact(copy.deepcopy(model()), smallest(), check=False)
+    step = Step(small.to(DEVICE).train())
+    times = [step.run() for _ in range(ROUNDS + 2)]
+    return statistics.median(times[2:])
+
+
+def smallest():
+    from ppnet import inspect
+
+    return inspect(model()).smallest.params
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.5, 1.0])
+def test_training_step(benchmark, keep, rest):
+    torch.manual_seed(1)
+    dense, masked, gated = Step(model()), masking(keep), skipping(keep)
+    times = {"dense": [], "mask": []}
+
+    def other_variants():
+        times["dense"].append(dense.run())
+        times["mask"].append(masked.run())
+
+    for step in (dense, masked, gated):
+        step.run()
+    benchmark.pedantic(gated.run, setup=other_variants, rounds=ROUNDS, warmup_rounds=1)
+    base, mask = statistics.median(times["dense"][1:]), statistics.median(times["mask"][1:])
+    median = benchmark.stats.stats.median
+    ideal = rest + (base - rest) * (keep + (1 - keep) / 24)
+    benchmark.extra_info |= {
+        "keep": keep,
+        "x dense": round(median / base, 3),
+        "x dense+mask": round(median / mask, 3),
+        "dense s": round(base, 4),
+        "ungated rest, share of dense": round(rest / base, 3),
+        "% of ideal": round(100 * ideal / median),
+        "tokens": BATCH * LENGTH,
+        "width": WIDTH,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else extension.isa(),
+        "torch": torch.__version__,
+    }
