@@ -14,7 +14,7 @@ NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/report
-	$(BIN)/ppnet demo $(ARGS)
+	$(BIN)/ppnet demo --out ppnet-demo --force $(ARGS)
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,7 +1,7 @@
 """ppnet: from a Hugging Face model to any size. Gates, training that skips, exact sizes, compact().
 
-The functions that share a name with their module (`wrap`, `plan`, `compact`, `inspect`) are imported here, once, after the
-modules, so that `ppnet.plan(...)` is always the function.
+The functions that share a name with their module (`wrap`, `plan`, `compact`, `inspect`) are imported here, once, after
+the modules, so that `ppnet.plan(...)` is always the function.
 """
 
 from __future__ import annotations

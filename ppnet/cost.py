@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 
 from ppnet.errors import PPNetError
-from ppnet.units import Leaf, Site, Structure
+from ppnet.units import Site, Structure, leaf_module
 
 Metric = Literal["params", "flops", "bytes"]
 METRICS: tuple[Metric, ...] = ("params", "flops", "bytes")
@@ -83,7 +83,7 @@ def unit_cost(model: nn.Module, site: Site) -> Cost:
     """Cost of one unit of a site: its rows and columns in every leaf, and its bias entries in the producers."""
     params = flops = stored = 0
     for leaf in site.leaves:
-        module = model.get_submodule(leaf.name)
+        module = leaf_module(model, leaf)
         entries = leaf.features_per_unit * int(module.weight.shape[1 - leaf.weight_dim])
         flops += 2 * entries
         if leaf.role != "out" and module.bias is not None:
@@ -111,10 +111,3 @@ def cost_model(model: nn.Module, structure: Structure) -> CostModel:
     )
     gated = sum((cost * count for cost, count in zip(units, dense_units, strict=True)), ZERO)
     return CostModel(fixed=dense - gated, unit=units, dense_units=dense_units)
-
-
-def leaf_shape(leaf: Leaf, module: nn.Module, kept: int) -> tuple[int, int]:
-    """Shape of a leaf's weight when `kept` units remain."""
-    shape = list(module.weight.shape)
-    shape[leaf.weight_dim] = kept * leaf.features_per_unit
-    return shape[0], shape[1]

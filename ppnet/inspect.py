@@ -40,7 +40,11 @@ class Inspection:
             "width": structure.width,
             "vocabulary": structure.vocabulary,
             "gated": self.gated,
-            "cost": {"dense": costs.dense.to_dict(), "fixed": costs.fixed.to_dict(), "smallest": self.smallest.to_dict()},
+            "cost": {
+                "dense": costs.dense.to_dict(),
+                "fixed": costs.fixed.to_dict(),
+                "smallest": self.smallest.to_dict(),
+            },
             "sites": [
                 {
                     "name": site.name,
@@ -72,9 +76,8 @@ class Inspection:
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for site, cost in zip(structure.sites, costs.unit, strict=True):
             share = cost.params * site.units / dense.params
-            table.add_row(
-                site.name, site.block, f"{site.units:,}", f"{self.kept[site.name]:,}", f"{cost.params:,}", f"{share:.1%}"
-            )
+            numbers = (f"{site.units:,}", f"{self.kept[site.name]:,}", f"{cost.params:,}", f"{share:.1%}")
+            table.add_row(site.name, site.block, *numbers)
         return table
 
     def __str__(self) -> str:
@@ -98,7 +101,7 @@ def inspect(model: nn.Module) -> Inspection:
     """
     structure = structure_for(model)
     gated = is_wrapped(model)
-    costs = engine_of(model).puppet.costs if gated else cost_model(model, structure)
+    costs = cost_model(model, structure)
     fixed = engine_of(model).fixed if gated else None
     kept = {site.name: site.units if fixed is None else len(fixed.kept[site.name]) for site in structure.sites}
     return Inspection(type(model).__name__, structure, costs, gated, kept)

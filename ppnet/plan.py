@@ -57,7 +57,11 @@ class Plan:
         return all(len(self.kept[name]) == units for name, units in self.dense_units.items())
 
     def check(self, structure: Structure) -> None:
-        """Raises PlanError unless the plan fits the structure: same sites and widths, sorted unique indices, no empty site."""
+        """Checks that the plan fits the structure.
+
+        Raises:
+            PlanError: another model type, other sites or widths, indices not sorted and unique, or an empty site.
+        """
         if self.model_type != structure.model_type:
             raise PlanError(
                 f"plan: was made for model_type {self.model_type!r}, the model is {structure.model_type!r}; "
@@ -67,6 +71,9 @@ class Plan:
         if self.dense_units != expected:
             odd = sorted(set(self.dense_units.items()) ^ set(expected.items()))[:3]
             raise PlanError(f"plan: its dense widths differ from the model's, first at {odd}; make a new plan.")
+        strangers = sorted(self.kept.keys() - expected.keys())
+        if strangers:
+            raise PlanError(f"plan: keeps units of {strangers[:3]}, which the model does not have; make a new plan.")
         for name, units in expected.items():
             kept = self.kept.get(name)
             if not kept:
@@ -115,7 +122,7 @@ class Plan:
                 source=data["source"],
                 extra=data.get("extra", {}),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"plan: incomplete or damaged: {error!r}.") from error
 
     def save(self, path: str | Path) -> None:
@@ -130,7 +137,7 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
             raise CheckpointError(f"plan: cannot read {path}: {error}.") from error
         return cls.from_dict(data)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -51,7 +52,8 @@ def target_cost(size: Size, costs: CostModel, metric: str, of: str) -> float:
         return size * dense if of == "model" else fixed + size * (dense - fixed)
     target = float(size) if of == "model" else fixed + float(size)
     if target > dense:
-        raise SizeError(f"size: {size:,} {metric} is above the dense {of}'s {dense - (fixed if of == 'gated' else 0):,}.")
+        largest = dense if of == "model" else dense - fixed
+        raise SizeError(f"size: {size:,} {metric} is above the dense {of}'s {largest:,}; ask for at most that.")
     return target
 
 
@@ -88,8 +90,8 @@ def fill(target: float, metric: str, costs: CostModel, order: Sequence[Sequence[
         dense = costs.dense.of(metric)
         raise SizeError(
             f"size: {target:,.0f} {metric} is not possible; the smallest is {spent:,} ({spent / dense:.4f} of dense, "
-            f"{dense:,}): what is never removed ({costs.fixed.of(metric):,}) plus {max(multiples)} unit(s) or fewer per "
-            "layer and kind. Ask for at least that, or gate more kinds."
+            f"{dense:,}): what is never removed ({costs.fixed.of(metric):,}) plus {max(multiples)} unit(s) or fewer "
+            "per layer and kind. Ask for at least that, or gate more kinds."
         )
     ended = [False] * len(order)
     unit = [cost.of(metric) for cost in costs.unit]
@@ -138,17 +140,17 @@ def _multiples(multiple_of: Mapping[str, int] | None, structure: Structure) -> l
     return [min(multiple_of.get(site.kind, 1), site.units) for site in structure.sites]
 
 
-def _solve_u(puppet: Puppet, target: float, metric: str) -> float:
+def _solve_u(puppet: Puppet, target: float, metric: str, costs: CostModel) -> float:
     """u at which the expected cost of the masks is `target` (bisection; clamped to [0, 1])."""
     offsets = puppet.structure.offsets()
     importance = puppet.importance_curve()
+    unit, fixed = [cost.of(metric) for cost in costs.unit], costs.fixed.of(metric)
 
     @torch.no_grad()
     def expected(u: float) -> float:
         rho = puppet.inclusion(u, importance(u)).double().cpu()
-        sums = [float(rho[a:b].sum()) for a, b in zip(offsets, offsets[1:], strict=False)]
-        unit = [cost.of(metric) for cost in puppet.costs.unit]
-        return puppet.costs.fixed.of(metric) + sum(a * b for a, b in zip(sums, unit, strict=True))
+        sums = [float(rho[start:stop].sum()) for start, stop in pairwise(offsets)]
+        return fixed + sum(a * b for a, b in zip(sums, unit, strict=True))
 
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -190,7 +192,7 @@ def plan(
     """
     structure = structure_for(model)
     gated = is_wrapped(model) and scores is None
-    costs = engine_of(model).puppet.costs if is_wrapped(model) else cost_model(model, structure)
+    costs = cost_model(model, structure)
     if allocation not in ALLOCATIONS:
         raise PlanError(f"allocation: {allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}.")
     target = target_cost(size, costs, metric, of)
@@ -211,7 +213,7 @@ def plan(
         dense_cost=costs.dense,
         asked=target,
         metric=metric,
-        u=_solve_u(engine_of(model).puppet, target, metric) if gated and not dense else 0.0,
+        u=_solve_u(engine_of(model).puppet, target, metric, costs) if gated and not dense else 0.0,
         source="gates" if gated else "magnitude" if scores is None else "scores",
     )
 

@@ -1,10 +1,10 @@
 """Skip what is masked: kept rows gathered into contiguous weights, the upstream forward run on fewer units.
 
-`Engine` is attached to a wrapped model. Before each root forward it decides what the pass is (dense, one draw, or a fixed
-size), gathers the kept rows and columns of every leaf with the gates folded in, and binds them to the leaf modules; the
-model's own forward then runs on smaller matrices. Gradients of kept units come back through the gather (scattered rows,
-and a row dot for the gate). The straight-through gradient of dropped units is computed in the backward pass of each
-sub-layer from a random part of the tokens (DESIGN section 3).
+`Engine` is attached to a wrapped model. Before each root forward it decides what the pass is (dense, one draw, or a
+fixed size), gathers the kept rows and columns of every leaf with the gates folded in, and binds them to the leaf
+modules; the model's own forward then runs on smaller matrices. Gradients of kept units come back through the gather
+(scattered rows, and a row dot for the gate). The straight-through gradient of dropped units is computed in the backward
+pass of each sub-layer from a random part of the tokens (DESIGN section 3).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from ppnet.gates.draw import Draw
 from ppnet.gates.puppet import Puppet
 from ppnet.plan import Plan
 from ppnet.straight_through import DroppedUnits, StraightThrough
-from ppnet.units import Leaf, Site
+from ppnet.units import Leaf, Site, leaf_module
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 
 class Binding:
@@ -48,25 +51,33 @@ class Binding:
         self.weight, self.bias = weight, bias
 
 
-def linear_forward(self: nn.Module, input: Tensor) -> Tensor:
+class GatedLeaf(Protocol):
+    """A patched `nn.Linear` or `Conv1D`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    _ppnet_binding: Binding
+
+
+def linear_forward(self: GatedLeaf, input: Tensor) -> Tensor:
     """Forward of a gated `nn.Linear`: the bound weights when there are any."""
-    binding: Binding = self._ppnet_binding  # type: ignore[assignment]
+    binding = self._ppnet_binding
     if binding.capture is not None:
         binding.capture.append(input)
         return input.new_zeros((*input.shape[:-1], binding.features))
     if binding.weight is None:
-        return nn.functional.linear(input, self.weight, self.bias)  # type: ignore[arg-type]
+        return nn.functional.linear(input, self.weight, self.bias)
     return nn.functional.linear(input, binding.weight, binding.bias)
 
 
-def conv1d_forward(self: nn.Module, input: Tensor) -> Tensor:
+def conv1d_forward(self: GatedLeaf, input: Tensor) -> Tensor:
     """Forward of a gated transformers `Conv1D`, whose weight is (in, out)."""
-    binding: Binding = self._ppnet_binding  # type: ignore[assignment]
+    binding = self._ppnet_binding
     if binding.capture is not None:
         binding.capture.append(input)
         return input.new_zeros((*input.shape[:-1], binding.features))
     weight, bias = (self.weight, self.bias) if binding.weight is None else (binding.weight, binding.bias)
-    return nn.functional.linear(input, weight.t(), bias)  # type: ignore[operator, arg-type]
+    return nn.functional.linear(input, weight.t(), bias)
 
 
 @dataclass
@@ -172,7 +183,8 @@ class Engine:
         self.stale = True
 
     def binding(self, leaf: Leaf) -> Binding:
-        return self.model.get_submodule(leaf.name)._ppnet_binding  # type: ignore[return-value]
+        gated = cast(GatedLeaf, leaf_module(self.model, leaf))
+        return gated._ppnet_binding
 
     def set_attributes(self, site: Site, units: int) -> None:
         block = self.model.get_submodule(site.block)
@@ -292,9 +304,9 @@ def gather_site(
     scales: list[Tensor | None] = []
     dims: list[int] = []
     for leaf in site.leaves:
-        module = model.get_submodule(leaf.name)
+        module = leaf_module(model, leaf)
         features = leaf.features(units).to(module.weight.device)
-        tensors.append(module.weight)  # type: ignore[arg-type]
+        tensors.append(module.weight)
         indices.append(features)
         dims.append(leaf.weight_dim)
         scales.append(None)
@@ -302,28 +314,28 @@ def gather_site(
             wide = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
             scales[-1] = gate.to(wide).repeat_interleave(leaf.features_per_unit)
         if leaf.role != "out" and module.bias is not None:
-            tensors.append(module.bias)  # type: ignore[arg-type]
+            tensors.append(module.bias)
             indices.append(features)
             dims.append(0)
             scales.append(None)
     gathered = iter(ops.gather_rows(tensors, indices, scales, dims))
     result: dict[str, tuple[Tensor, Tensor | None]] = {}
     for leaf in site.leaves:
-        module = model.get_submodule(leaf.name)
-        weight = next(gathered)
-        has_rows = leaf.role != "out" and module.bias is not None
-        result[leaf.name] = (weight, next(gathered) if has_rows else module.bias if leaf.role == "out" else None)  # type: ignore[assignment]
+        weight, bias = next(gathered), leaf_module(model, leaf).bias
+        if leaf.role != "out" and bias is not None:
+            bias = next(gathered)
+        result[leaf.name] = (weight, bias)
     return result
 
 
-def patch_leaf(module: nn.Module) -> None:
+def patch_leaf(module: nn.Linear | Conv1D) -> None:
     """Gives a leaf a binding and the forward that honours it."""
     module.__dict__["_ppnet_binding"] = binding = Binding()
     linear = isinstance(module, nn.Linear)
-    binding.features = module.weight.shape[0] if linear else module.weight.shape[1]  # type: ignore[assignment]
-    module.forward = MethodType(linear_forward if linear else conv1d_forward, module)  # type: ignore[method-assign]
+    binding.features = module.weight.shape[0 if linear else 1]
+    module.__dict__["forward"] = MethodType(linear_forward if linear else conv1d_forward, module)
 
 
-def unpatch_leaf(module: nn.Module) -> None:
+def unpatch_leaf(module: nn.Linear | Conv1D) -> None:
     module.__dict__.pop("_ppnet_binding", None)
     module.__dict__.pop("forward", None)

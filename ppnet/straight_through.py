@@ -1,10 +1,10 @@
 """The straight-through gradient of dropped units.
 
-m~ = m + (rho - sg rho) gives a dropped unit the gate gradient of its own output, dz_u = sum_t <a_tu W_out[u], dy_t>, which
-needs outputs that a skipping forward never computed. Dropping that gradient collapses training (DESIGN section 3), so it
-is computed in the backward pass, either on all tokens (`"exact"`) or, unbiased, on a random part of them, weighted by the
-inverse of that part (`"sampled"`): whole sequences for KV groups, whose outputs depend on all earlier tokens, and single
-tokens for neurons. No weight gradient is needed there.
+m~ = m + (rho - sg rho) gives a dropped unit the gate gradient of its own output, dz_u = sum_t <a_tu W_out[u], dy_t>,
+which needs outputs that a skipping forward never computed. Dropping that gradient collapses training (DESIGN section
+3), so it is computed in the backward pass, either on all tokens (`"exact"`) or, unbiased, on a random part of them,
+weighted by the inverse of that part (`"sampled"`): whole sequences for KV groups, whose outputs depend on all earlier
+tokens, and single tokens for neurons. No weight gradient is needed there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DroppedUnits:
-    """The units a pass does not compute at site `index`: indices ``(K,)`` and gates ``(K,)`` (value 0, with their graph)."""
+    """What a pass does not compute at site `index`: unit indices ``(K,)`` and gates ``(K,)`` (value 0, with graph)."""
 
     engine: Engine
     index: int
@@ -132,7 +132,7 @@ def _pick(value: Any, picked: Tensor, batch: int) -> Any:
 def _unit_outputs(
     dropped: DroppedUnits, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Runs the sub-layer's own forward on the dropped units: (their outputs ``(B, T, K * r)``, columns ``(D, K * r)``)."""
+    """The sub-layer's own forward on the dropped units: (their outputs ``(B, T, K * r)``, columns ``(D, K * r)``)."""
     from ppnet.skip import gather_site
 
     engine, site = dropped.engine, dropped.site

@@ -1,18 +1,22 @@
 """The vocabulary of the package: leaves, sites and the structure of a model.
 
-A *unit* is the smallest thing that can be removed. The units of one kind in one sub-layer form a *site*. A site is fully
-described by its *leaves*: the linear modules whose rows (output features) or columns (input features) belong to a unit.
-Everything else (masking, gathering, costs, importance, compaction) is derived from these index tables, so a model family
-only has to name tensors (`ppnet.families`).
+A *unit* is the smallest thing that can be removed. The units of one kind in one sub-layer form a *site*. A site is
+fully described by its *leaves*: the linear modules whose rows (output features) or columns (input features) belong to a
+unit. Everything else (masking, gathering, costs, importance, compaction) is derived from these index tables, so a model
+family only has to name tensors (`ppnet.families`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 KINDS = ("kv_group", "neuron")
 
@@ -24,7 +28,8 @@ class Leaf:
     Attributes:
         name: dotted name of the module from the model's root, e.g. ``model.layers.0.mlp.up_proj``.
         index: int64 ``(U, r)``; the ``r`` output features (producer) or input features (consumer) of unit ``u``.
-        weight_dim: the axis of ``weight`` that is indexed: 0 or 1. ``nn.Linear`` stores (out, in), ``Conv1D`` (in, out).
+        weight_dim: the axis of ``weight`` that is indexed: 0 or 1. ``nn.Linear`` stores (out, in), ``Conv1D``
+            (in, out).
         role: what the leaf does, in the field's words: ``q``, ``k``, ``v``, ``qkv``, ``gate``, ``up`` (producers) or
             ``out`` (the consumer).
         blocks: widths of the blocks that `index` holds side by side: ``(r,)``, or ``(Dh, Dh, Dh)`` for fused q|k|v.
@@ -113,6 +118,6 @@ class Structure:
         return starts
 
 
-def leaf_module(model: nn.Module, leaf: Leaf) -> nn.Module:
-    """The module that a leaf names."""
-    return model.get_submodule(leaf.name)
+def leaf_module(model: nn.Module, leaf: Leaf) -> nn.Linear | Conv1D:
+    """The module that a leaf names; families make leaves of these two classes only."""
+    return cast("nn.Linear | Conv1D", model.get_submodule(leaf.name))

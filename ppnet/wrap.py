@@ -6,12 +6,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ppnet.cost import cost_model
 from ppnet.errors import UnsupportedModelError
 from ppnet.families import structure_of
 from ppnet.gates import Puppet, PuppetConfig
 from ppnet.skip import Engine, patch_leaf, unpatch_leaf
-from ppnet.units import Site, Structure
+from ppnet.units import Site, Structure, leaf_module
 
 Model = TypeVar("Model", bound=nn.Module)
 ENGINE = "_ppnet_engine"
@@ -84,18 +83,18 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
             "ppnet.unwrap(model) first to attach new gates."
         )
     structure = select_kinds(structure_of(model), config.kinds)
-    costs = cost_model(model, structure)
-    puppet = Puppet(model, structure, costs, config)
+    puppet = Puppet(model, structure, config)
     engine = Engine(model, puppet)
     model.__dict__[ENGINE] = engine
-    model.puppet = puppet  # type: ignore[assignment]
+    host: Any = model
+    host.puppet = puppet
     puppet.train(model.training)
-    model.config.ppnet = config.to_dict()  # type: ignore[union-attr]
+    host.config.ppnet = config.to_dict()
     model.register_forward_pre_hook(engine.before_forward)
     model.register_forward_hook(engine.after_forward)
     for index, site in enumerate(structure.sites):
         for leaf in site.leaves:
-            patch_leaf(model.get_submodule(leaf.name))
+            patch_leaf(leaf_module(model, leaf))
         block = model.get_submodule(site.block)
         block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
         block.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
@@ -111,7 +110,7 @@ def select_kinds(structure: Structure, kinds: tuple[str, ...]) -> Structure:
 
 
 def unwrap(model: Model) -> Model:
-    """Takes the gates off, in place: the model is the plain dense model again (its weights were never changed by gates).
+    """Takes the gates off, in place: the model is the plain dense model again, with its weights as they are.
 
     Raises:
         UnsupportedModelError: the model carries no gates.
@@ -126,13 +125,13 @@ def strip(model: Model) -> Model:
     engine.release()
     for site in engine.sites:
         for leaf in site.leaves:
-            unpatch_leaf(model.get_submodule(leaf.name))
+            unpatch_leaf(leaf_module(model, leaf))
         block = model.get_submodule(site.block)
         _remove_hooks(block, lambda hook: isinstance(hook, SubLayerHook))
     _remove_hooks(model, lambda hook: getattr(hook, "__self__", None) is engine)
     del model.puppet
     if hasattr(model.config, "ppnet"):
-        del model.config.ppnet  # type: ignore[union-attr]
+        del model.config.ppnet
     return model
 
 

@@ -1,4 +1,4 @@
-"""Set before torch is loaded: waiting OpenMP threads sleep, so that tests on a shared machine do not spin against it."""
+"""Set before torch is loaded: waiting OpenMP threads sleep, so that tests on a shared machine do not spin."""
 
 import os
 

@@ -41,7 +41,9 @@ class GatedReference:
     Nothing is skipped, so plain autograd gives every gradient. `gates` is the flat (U,) vector.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, gates: Tensor, input_scale: Tensor | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, structure: Structure, gates: Tensor, input_scale: Tensor | None = None
+    ) -> None:
         self.handles = []
         row = 0
         for site, z in zip(structure.sites, gates.split([s.units for s in structure.sites]), strict=True):

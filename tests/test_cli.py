@@ -125,14 +125,6 @@ def test_train_from_a_config_then_resume_then_report(ok, ppnet, folders, tmp_pat
     assert code == 1 and "is not empty" in err
 
 
-def test_demo(ok, monkeypatch, tmp_path):
-    stand_in = ModuleType("ppnet.demo")
-    stand_in.run = lambda output, fast=False: print("noise") or {"folder": output, "fast": fast, "loss": float("nan")}
-    monkeypatch.setitem(sys.modules, "ppnet.demo", stand_in)
-    result = ok("demo", "--out", tmp_path / "demo", "--fast")
-    assert result == {"folder": str(tmp_path / "demo"), "fast": True, "loss": None}
-
-
 def test_wrong_requests_say_what_to_do(refused, folders, tmp_path):
     puppet, text = folders["puppet"], folders["text"]
     assert "is not a folder" in refused("inspect", tmp_path / "missing")

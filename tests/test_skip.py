@@ -8,14 +8,12 @@ import pytest
 import torch
 from helpers import MODEL_TYPES, GatedReference, tiny, token_ids
 
+import ppnet.skip
 from ppnet.gates import PuppetConfig
 from ppnet.gates.draw import draw_masks, generator
 from ppnet.size import resize
 from ppnet.straight_through import _sample_sequences, _sample_tokens
 from ppnet.wrap import engine_of, unwrap, wrap
-
-
-RECORDED: list = []
 
 
 def randomised(model, seed=5):
@@ -91,25 +89,35 @@ def test_gradient_checkpointing_and_padding_mask_change_nothing(model_type):
         assert torch.allclose(grads[0][name], grads[1][name], rtol=1e-9, atol=1e-12), name
 
 
+def record_dropped(patch):
+    """A list that collects the dropped-unit records of a pass (its autograd graph holds them too)."""
+    original, recorded = ppnet.skip.straight_through, []
+
+    def recording(y, dropped, args, kwargs):
+        recorded.append(dropped)
+        return original(y, dropped, args, kwargs)
+
+    patch.setattr(ppnet.skip, "straight_through", recording)
+    return recorded
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_sampled_gate_gradient_is_unbiased(model_type):
+def test_sampled_gate_gradient_is_unbiased(model_type, monkeypatch):
     """The mean over many token samples lies within the standard error of the exact gradient, unit by unit."""
     ids = token_ids(batch=3, length=16)
     exact = gated(model_type).train()
     exact(ids, labels=ids).loss.backward()
     want = exact.puppet.s_gate.grad.clone()
     model = gated(model_type, gate_gradient="sampled", sampled_fraction=0.25).train()
+    with monkeypatch.context() as patch:
+        recorded = record_dropped(patch)
+        loss = model(ids, labels=ids).loss
     samples = []
     for seed in range(300):
-        model.puppet.config.seed = 0
-        model.puppet.draws.zero_()
-        model.puppet._draw_count = None
-        model.zero_grad()
-        out = model(ids, labels=ids)
-        for site_pass in engine_dropped(model):
-            site_pass.draw = f"{site_pass.draw}/{seed}"
-        out.loss.backward()
-        samples.append(model.puppet.s_gate.grad.clone())
+        for dropped in recorded:
+            dropped.draw = f"{seed}/{dropped.index}"
+        (gradient,) = torch.autograd.grad(loss, model.puppet.s_gate, retain_graph=True)
+        samples.append(gradient)
     stack = torch.stack(samples).double()
     mean, error = stack.mean(0), stack.std(0) / len(samples) ** 0.5
     varies = error > 1e-9
@@ -118,27 +126,6 @@ def test_sampled_gate_gradient_is_unbiased(model_type):
     assert z.abs().max() < 4.5
     assert 0.6 < z.square().mean() < 1.6
     assert torch.allclose(mean[~varies], want.double()[~varies], atol=1e-6)
-
-
-def engine_dropped(model):
-    """The dropped-unit records of the pass that was just made (they live in its autograd graph)."""
-    return [dropped for dropped in RECORDED if dropped.engine.model is model]
-
-
-@pytest.fixture(autouse=True)
-def record_dropped(monkeypatch):
-    """Keeps the dropped-unit records of the last pass."""
-    import ppnet.skip as skip
-
-    original = skip.straight_through
-
-    def recording(y, dropped, args, kwargs):
-        if dropped.index == 0:
-            RECORDED.clear()
-        RECORDED.append(dropped)
-        return original(y, dropped, args, kwargs)
-
-    monkeypatch.setattr(skip, "straight_through", recording)
 
 
 def test_token_samples_have_the_right_size_and_weight():
@@ -204,6 +191,19 @@ def test_stale_weights_are_gathered_again():
         wrap(other)
         resize(other, model.__dict__["_ppnet_engine"].fixed)
         assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.bias", "puppet.s_out", "puppet.s_in"])
+def test_stale_biases_and_amplitudes_are_gathered_again(name):
+    model = randomised(wrap(tiny("llama")))
+    ids = token_ids()
+    resize(model, 0.5)
+    with torch.no_grad():
+        first = model(ids).logits
+        model.get_parameter(name).add_(0.2)
+        changed = model(ids).logits
+        assert not torch.equal(first, changed)
+        assert torch.equal(copy.deepcopy(model)(ids).logits, changed)
 
 
 def test_deepcopy_is_independent_and_survives_a_training_pass():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ppnet.cli.common import Force, Json, check_output, json_value, quiet_stdout, show
+from ppnet.cli.common import Force, Json, check_output, quiet_stdout, show, table
 
 
 def demo(
@@ -25,8 +25,28 @@ def demo(
     check_output(out, force)
     with quiet_stdout():
         result = run(out, fast=fast)
-    lines = [f"{name}: {value}" for name, value in json_value(result).items() if not isinstance(value, dict | list)]
-    show(result, json, *lines, f"written to {out}")
+    show(
+        result,
+        json,
+        _rows(
+            "Elastic model on held-out text",
+            result["quality"],
+            f"ungated: the same model trained without gates for as many tokens, perplexity "
+            f"{result['ungated_perplexity']:.2f}; own dense: the elastic model at lambda = 0; paper: arXiv 2606.28251",
+        ),
+        _rows("Compacted models: ordinary Hugging Face folders", result["compacted"], "batch 1, against dense"),
+        f"report: {result['report']}\n{result['seconds']:.0f} s in all",
+    )
+
+
+def _rows(title: str, rows: list[dict[str, Any]], caption: str) -> Any:
+    return table(title, list(rows[0]), [[_cell(value) for value in row.values()] for row in rows], caption)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def add_to(app: typer.Typer) -> None:

@@ -3,20 +3,23 @@
 A family *names tensors*: for each decoder layer it returns sites made of leaves (`ppnet.units`). It never copies a
 forward: removing whole units only changes the sizes of linear modules and a few integer attributes, so the upstream
 forward keeps working. To add a family, add one file to this folder with one `@register("model_type", ...)` function and
-one `tiny_config`; discovery, tests, masks, costs and compaction follow.
+one `tiny_configs`; discovery, tests, masks, costs and compaction follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ppnet.errors import UnsupportedModelError
 from ppnet.units import Leaf, Site, Structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Family:
         model_types: the `config.model_type` values it covers.
         sites: model -> its sites.
         tiny_configs: model type -> config of a tiny random model, for tests.
-        per_layer_keys: kind -> function (kept units, dense site) -> the config entries that describe the kept width.
+        per_layer_keys: (site, kept units, dense config) -> the config entries that describe the kept width.
+        stock_expressible: (site, dense config) -> whether the stock class can hold fewer units there.
     """
 
     name: str
@@ -52,6 +56,11 @@ def register(family: Family) -> Family:
 def consecutive(units: int, width: int, start: int = 0) -> Tensor:
     """Index table of units that own `width` consecutive features each: int64 ``(units, width)``."""
     return torch.arange(units * width).view(units, width) + start
+
+
+def decoder_layers(model: nn.Module, name: str) -> Iterable[Any]:
+    """The decoder layers in the list `name`. Their classes are upstream's; a family knows their attributes."""
+    return cast(nn.ModuleList, model.get_submodule(name))
 
 
 def linear_leaf(model: nn.Module, name: str, role: str, index: Tensor, blocks: tuple[int, ...] = ()) -> Leaf:
@@ -105,7 +114,7 @@ def structure_of(model: nn.Module) -> Structure:
             "Merge them first: model = model.merge_and_unload()."
         )
     sites = family.sites(model)
-    embeddings = model.get_input_embeddings().weight
+    embeddings = cast(nn.Embedding, cast("PreTrainedModel", model).get_input_embeddings()).weight
     return Structure(
         family=family.name,
         model_type=model_type,

@@ -1,4 +1,4 @@
-"""gpt2: one fused q|k|v `Conv1D`, biases everywhere, LayerNorm, learned positions; a head is a KV group of one query."""
+"""gpt2: one fused q|k|v `Conv1D`, biases, LayerNorm, learned positions; a head is a KV group of one query."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppnet.families.base import Family, consecutive, linear_leaf, register
+from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, register
 from ppnet.units import Site
 
 
@@ -25,7 +25,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     """Two sites per layer: heads of `attn` and neurons of `mlp`."""
     decoder = "transformer.h" if hasattr(model, "transformer") else "h"
     found: list[Site] = []
-    for layer, module in enumerate(model.get_submodule(decoder)):
+    for layer, module in enumerate(decoder_layers(model, decoder)):
         attention, mlp = f"{decoder}.{layer}.attn", f"{decoder}.{layer}.mlp"
         heads, head = int(module.attn.num_heads), int(module.attn.head_dim)
         per_head = consecutive(heads, head)

@@ -1,7 +1,7 @@
 """llama, mistral, qwen2, qwen3: separate q/k/v/o and gate/up/down projections, SwiGLU, RMSNorm before each sub-layer.
 
-qwen3's q_norm and k_norm have the width of one head and do not change when heads go. `num_key_value_groups` stays, since
-whole KV groups are removed.
+qwen3's q_norm and k_norm have the width of one head and do not change when heads go. `num_key_value_groups` stays,
+since whole KV groups are removed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ppnet.errors import UnsupportedModelError
-from ppnet.families.base import Family, consecutive, linear_leaf, register
+from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, register
 from ppnet.units import Site
 
 
@@ -24,7 +24,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     """Two sites per layer: KV groups of `self_attn` and neurons of `mlp`."""
     decoder = "model.layers" if hasattr(model, "lm_head") else "layers"
     found: list[Site] = []
-    for layer, module in enumerate(model.get_submodule(decoder)):
+    for layer, module in enumerate(decoder_layers(model, decoder)):
         attention, mlp = f"{decoder}.{layer}.self_attn", f"{decoder}.{layer}.mlp"
         head = int(module.self_attn.head_dim)
         groups = module.self_attn.k_proj.out_features // head

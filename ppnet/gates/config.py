@@ -20,9 +20,9 @@ class PuppetConfig:
     """What `ppnet.wrap` attaches. The defaults suit pretrained models; ``preset="paper"`` is the published form.
 
     Args:
-        preset: ``"default"`` or ``"paper"``. The paper's form fixes importance to the row norm, trains the first control
-            point of every amplitude spline, lets the penalty shape the weights through the norm, decays gates like
-            weights and gives them the weights' learning rate. Explicit arguments win over the preset.
+        preset: ``"default"`` or ``"paper"``. The paper's form fixes importance to the row norm, trains the first
+            control point of every amplitude spline, lets the penalty shape the weights through the norm, decays gates
+            like weights and gives them the weights' learning rate. Explicit arguments win over the preset.
         kinds: which units are gated: ``"kv_group"`` (one KV head with its query heads; heads under MHA), ``"neuron"``.
         importance: name of a registered importance (`ppnet.gates.importance`): ``"scale_free"`` or ``"row_norm"``.
         train_importance: whether gradients flow from the gates into the weights through the importance.
@@ -48,7 +48,7 @@ class PuppetConfig:
         distill_temperature: temperature of that distillation.
         gate_lr: learning rate of the gates; None: `ppnet.train.param_groups` decides.
         decay_gates: whether weight decay applies to gate parameters.
-        align: kept units per neuron site are computed in multiples of this (the extra ones have gate 0, which is exact).
+        align: kept units per neuron site are computed in multiples of this (the extra ones have gate 0: exact).
         seed: seed of the counter-based draws of lambda, masks and token samples.
 
     Raises:
@@ -120,6 +120,11 @@ class PuppetConfig:
         self._check_range("lambda_rate", self.lambda_rate is not None and self.lambda_rate > 0, "> 0")
         self._check_range("u_max", 0 < self.u_max < 1, "in (0, 1)")
         self._check_range("distill", self.distill is not None and 0 <= self.distill <= 1, "in [0, 1]")
+        self._check_range("distill_temperature", self.distill_temperature > 0, "> 0")
+        self._check_range("pooled_scale", self.pooled_scale > 0, "> 0")
+        self._check_range("penalty", self.penalty >= 0, ">= 0")
+        self._check_range("lambda_warmup", self.lambda_warmup >= 0, ">= 0")
+        self._check_range("gate_lr", self.gate_lr is None or self.gate_lr >= 0, ">= 0")
         self._check_range("align", self.align >= 1, ">= 1")
 
     def _check_range(self, name: str, valid: bool, allowed: str) -> None:

@@ -1,10 +1,11 @@
-"""Random choices of training: lambda, masks and token samples, all from a counter, so that a resumed run repeats them."""
+"""Random choices of training (lambda, masks, token samples), all from a counter, so that a resumed run repeats them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def generator(seed: int, number: int, purpose: str = "draw") -> torch.Generator:
 
 
 def draw_lambda(config: PuppetConfig, progress: int, source: torch.Generator) -> float:
-    """lambda of one pass: 0 with probability `dense_fraction`, else from `lambda_distribution`, scaled in the warm-up."""
+    """lambda of a pass: 0 with probability `dense_fraction`, else from `lambda_distribution`, scaled in the warm-up."""
     dense, position = torch.rand(2, generator=source, dtype=torch.float64).tolist()
     if dense < config.dense_fraction:
         return 0.0
@@ -60,7 +61,7 @@ def draw_masks(rho: Tensor, structure: Structure, source: torch.Generator) -> Te
     """
     mask = torch.rand(rho.shape, generator=source, dtype=torch.float64) < rho.double()
     offsets = structure.offsets()
-    for start, stop in zip(offsets, offsets[1:], strict=False):
+    for start, stop in pairwise(offsets):
         if not mask[start:stop].any():
             mask[start + int(rho[start:stop].argmax())] = True
     return mask

@@ -1,7 +1,7 @@
 """Importance of units: what the threshold tau(lambda) is compared with. One float per unit of a site.
 
-An importance sees the weights of one site as (U, features) views and returns a (U,) tensor. To add one, write a function
-here or anywhere with `@importance("name")`; `PuppetConfig(importance="name")` selects it.
+An importance sees the weights of one site as (U, features) views and returns a (U,) tensor. To add one, write a
+function here or anywhere with `@importance("name")`; `PuppetConfig(importance="name")` selects it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import PPNetError
-from ppnet.units import Leaf, Site
+from ppnet.units import Leaf, Site, leaf_module
 
 ImportanceFn = Callable[[nn.Module, Site, Tensor | None], Tensor]
 IMPORTANCES: dict[str, ImportanceFn] = {}
@@ -52,8 +52,7 @@ def unit_norms(model: nn.Module, leaf: Leaf, input_scale: Tensor | None = None, 
     Returns:
         ``(U,)`` float32.
     """
-    module = model.get_submodule(leaf.name)
-    weight = module.weight.float()
+    weight = leaf_module(model, leaf).weight.float()
     if input_scale is not None:
         weight = weight * (input_scale if leaf.weight_dim == 0 else input_scale[:, None])
     norms = torch.linalg.vector_norm(weight, dim=1 - leaf.weight_dim)
@@ -99,5 +98,6 @@ def scale_free(model: nn.Module, site: Site, input_scale: Tensor | None) -> Tens
     if log.numel() == 1:
         return torch.ones_like(log)
     centred = log - log.mean()
-    z = centred / centred.square().mean().clamp_min(1e-12).sqrt()
+    # Spreads below 1e-4 are rounding: equal units must not be told apart by the last bit of their logarithms.
+    z = centred / centred.square().mean().clamp_min(1e-8).sqrt()
     return 1.0 + torch.erf(z / math.sqrt(2.0))

@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppnet.cost import CostModel
+from ppnet.cost import CostModel, cost_model
 from ppnet.gates.config import PuppetConfig
 from ppnet.gates.draw import Draw, draw_lambda, draw_masks, generator
 from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
 from ppnet.gates.spline import basis
 from ppnet.plan import Plan, make_plan
-from ppnet.units import Structure
+from ppnet.units import Structure, leaf_module
 
 
 class Puppet(nn.Module):
@@ -28,21 +29,36 @@ class Puppet(nn.Module):
 
     Parameters (float32, whatever the model's dtype):
         theta ``(S, n - 1)``: increments of the threshold splines before softplus, when ``hierarchy="independent"``.
-        theta_kind ``(kinds, n - 1)``, eta ``(S, n - 1)``, log_sigma ``(kinds,)``: theta = theta_kind + sigma * eta, when
-            ``hierarchy="pooled"`` (non-centred, so that the posterior mode exists).
+        theta_kind ``(kinds, n - 1)``, eta ``(S, n - 1)``, log_sigma ``(kinds,)``: theta = theta_kind + sigma * eta,
+            when ``hierarchy="pooled"`` (non-centred, so that the posterior mode exists).
         s_gate, s_out ``(U,)``, s_in ``(M, D)``: amplitude exponents per unit, and per input dimension of the M MLPs.
         u_gate, u_out ``(S, n)``, u_in ``(M, n)``: control points of the amplitudes' splines.
     Buffers:
         draws ``()`` int64: training draws made so far; with `config.seed` it determines every random choice.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, costs: CostModel, config: PuppetConfig) -> None:
+    theta: nn.Parameter
+    theta_kind: nn.Parameter
+    eta: nn.Parameter
+    log_sigma: nn.Parameter
+    s_gate: nn.Parameter
+    s_out: nn.Parameter
+    s_in: nn.Parameter
+    u_gate: nn.Parameter
+    u_out: nn.Parameter
+    u_in: nn.Parameter
+    site_of_unit: Tensor
+    kind_of_site: Tensor
+    flops_share: Tensor
+    draws: Tensor
+
+    def __init__(self, model: nn.Module, structure: Structure, config: PuppetConfig) -> None:
         super().__init__()
+        get_importance(str(config.importance))  # an unknown name stops here, before the model is touched
         # In __dict__, so that the model does not become a submodule of its own submodule.
         self.__dict__["root"] = model
         self.config = config
         self.structure = structure
-        self.costs = costs
         self.progress = 0
         self.last_lambda = 0.0
         self._lambdas: list[float] = []
@@ -54,10 +70,11 @@ class Puppet(nn.Module):
         kinds = sorted({site.kind for site in structure.sites})
         site_of_unit = torch.repeat_interleave(torch.arange(sites), torch.tensor([s.units for s in structure.sites]))
         kind_of_site = torch.tensor([kinds.index(site.kind) for site in structure.sites])
-        flops = torch.tensor([cost.flops * s.units for cost, s in zip(costs.unit, structure.sites, strict=True)]).double()
+        flops = [float(cost.flops * site.units) for cost, site in zip(self.costs.unit, structure.sites, strict=True)]
+        flops_share = torch.tensor([share / sum(flops) for share in flops])
         self.register_buffer("site_of_unit", site_of_unit.to(device), persistent=False)
         self.register_buffer("kind_of_site", kind_of_site.to(device), persistent=False)
-        self.register_buffer("flops_share", (flops / flops.sum()).float().to(device), persistent=False)
+        self.register_buffer("flops_share", flops_share.to(device), persistent=False)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
         self.mlp_sites = [index for index, site in enumerate(structure.sites) if site.kind == "neuron"]
 
@@ -78,6 +95,17 @@ class Puppet(nn.Module):
             self.u_out = nn.Parameter(line.repeat(sites, 1))
             self.u_in = nn.Parameter(line.repeat(len(self.mlp_sites), 1))
 
+    @property
+    def root(self) -> nn.Module:
+        """The model that the gates belong to."""
+        model: nn.Module = self.__dict__["root"]
+        return model
+
+    @property
+    def costs(self) -> CostModel:
+        """What the model costs as it is stored now: its dtype may have changed since it was wrapped."""
+        return cost_model(self.root, self.structure)
+
     # ---- closed forms -------------------------------------------------------------------------------------------
 
     def control_points(self) -> Tensor:
@@ -97,7 +125,7 @@ class Puppet(nn.Module):
         return self.control_points() @ self._basis(u)
 
     def _amplitude_position(self, control_points: Tensor, u: float) -> Tensor:
-        """Value of amplitude splines at u: ``(rows,)``. Pinned splines start at 0, so amplitudes are 1 at lambda = 0."""
+        """Amplitude splines at u: ``(rows,)``. Pinned splines start at 0, so amplitudes are 1 at lambda = 0."""
         row = self._basis(u)
         if self.config.pin_dense:
             row = torch.cat([row.new_zeros(1), row[1:]])
@@ -144,9 +172,13 @@ class Puppet(nn.Module):
         return self._read[1]
 
     def weight_versions(self) -> tuple[tuple[int, int], ...]:
-        """Identity and in-place version of every leaf's weight: equal only while no weight has changed."""
-        weights = [self.root.get_submodule(leaf.name).weight for site in self.structure.sites for leaf in site.leaves]
-        return tuple((weight.data_ptr(), weight._version) for weight in weights)
+        """Identity and in-place version of all that a fixed size is gathered from: equal only while nothing changed."""
+        tensors: list[Tensor] = list(self.parameters())
+        for site in self.structure.sites:
+            for leaf in site.leaves:
+                module = leaf_module(self.root, leaf)
+                tensors += [module.weight] if module.bias is None else [module.weight, module.bias]
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
     @torch.no_grad()
     def importance_curve(self, nodes: int = 17) -> Callable[[float], Tensor]:
@@ -177,7 +209,7 @@ class Puppet(nn.Module):
         return (means * self.flops_share).sum()
 
     def prior(self) -> Tensor:
-        """-log density of the pooled deviations (up to a constant): eta ~ N(0, 1), sigma ~ half-normal. 0 if independent."""
+        """-log prior of the pooled deviations, up to a constant: eta ~ N(0, 1), sigma half-normal; 0 if independent."""
         if self.config.hierarchy != "pooled":
             return self.flops_share.new_zeros(())
         sigma = self.log_sigma.exp()
@@ -219,8 +251,11 @@ class Puppet(nn.Module):
         return None if u == 0.0 and self.config.pin_dense else self.in_amplitude(u)
 
     def penalty(self) -> Tensor:
-        """Cost penalty of the draws since `clear`, recomputed in closed form: mean of lambda * rho_bar(lambda), plus the
-        hyperprior per training token. A scalar that is differentiable in the gates (and weights, if importance trains)."""
+        """Cost penalty of the draws since `clear`, in closed form: a scalar.
+
+        Mean of lambda * rho_bar(lambda), plus the hyperprior per training token; differentiable in the gates (and in
+        the weights, if importance trains).
+        """
         total = self.prior() / self._tokens
         for lambda_ in self._lambdas:
             if lambda_ > 0.0:
@@ -307,12 +342,13 @@ class Puppet(nn.Module):
         rho = self.inclusion(u).cpu()
         mask = draw_masks(rho, self.structure, generator(self.config.seed, seed, "plan"))
         offsets = self.structure.offsets()
-        kept = [mask[a:b].nonzero().flatten().tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        kept = [mask[start:stop].nonzero().flatten().tolist() for start, stop in pairwise(offsets)]
+        costs = self.costs
         return make_plan(
             self.structure,
             kept,
-            cost=self.costs.total([len(units) for units in kept]),
-            dense_cost=self.costs.dense,
+            cost=costs.total([len(units) for units in kept]),
+            dense_cost=costs.dense,
             u=u,
             source="gates (one mask draw)",
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=32)
 def knots(control_points: int, degree: int) -> tuple[float, ...]:
-    """Clamped uniform knots on [0, 1]: ``control_points + degree + 1`` values, both ends repeated ``degree + 1`` times."""
+    """Clamped uniform knots on [0, 1]: ``control_points + degree + 1`` values, both ends ``degree + 1`` times."""
     inner = control_points - degree
     return (0.0,) * degree + tuple(i / inner for i in range(inner + 1)) + (1.0,) * degree
 
@@ -21,7 +21,7 @@ def _basis(u: float, control_points: int, degree: int) -> tuple[float, ...]:
     # The last non-empty interval is closed, so that the spline is defined at u = 1.
     span = max(i for i in range(degree, control_points) if t[i] <= u)
     values = [1.0]
-    # Cox-de Boor, only over the degree + 1 basis functions that are non-zero on the span (de Boor 1978, algorithm A2.2).
+    # Cox-de Boor over the degree + 1 basis functions that are non-zero on the span.
     for order in range(1, degree + 1):
         raised = [0.0] * (order + 1)
         for j, value in enumerate(values):

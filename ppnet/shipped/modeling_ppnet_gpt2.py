@@ -9,9 +9,10 @@ config. The stock forward runs unchanged, and every module keeps pointing at the
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.pytorch_utils import Conv1D
 
 
-def cut(conv: nn.Module, outputs: int | None = None, inputs: int | None = None) -> None:
+def cut(conv: Conv1D, outputs: int | None = None, inputs: int | None = None) -> None:
     """Keeps the first output and input features of a Conv1D (weight stored in, out), in place; None keeps all."""
     conv.weight = nn.Parameter(conv.weight.detach()[:inputs, :outputs].clone())
     conv.bias = nn.Parameter(conv.bias.detach()[:outputs].clone())
@@ -40,15 +41,20 @@ class PerLayerWidths:
 
 @strict
 class PPNetGPT2Config(GPT2Config):
-    model_type, _auto_class = "ppnet_gpt2", "AutoConfig"
+    model_type = "ppnet_gpt2"
 
     def validate_architecture(self):
         pass  # kept heads need not divide the width
 
 
 class PPNetGPT2Model(PerLayerWidths, GPT2Model):
-    config_class, _auto_class = PPNetGPT2Config, "AutoModel"
+    config_class = PPNetGPT2Config
 
 
 class PPNetGPT2LMHeadModel(PerLayerWidths, GPT2LMHeadModel):
-    config_class, _auto_class = PPNetGPT2Config, "AutoModelForCausalLM"
+    config_class = PPNetGPT2Config
+
+
+PPNetGPT2Config.register_for_auto_class()
+PPNetGPT2Model.register_for_auto_class("AutoModel")
+PPNetGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")

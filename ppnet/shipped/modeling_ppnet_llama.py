@@ -58,8 +58,6 @@ class PerLayerWidths:
 class AnyHeadCount:
     """Mixin before a stock config: kept heads need not divide the width, because head_dim is always stated."""
 
-    _auto_class = "AutoConfig"
-
     def validate_architecture(self):
         pass
 
@@ -70,11 +68,11 @@ class PPNetLlamaConfig(AnyHeadCount, LlamaConfig):
 
 
 class PPNetLlamaModel(PerLayerWidths, LlamaModel):
-    config_class, _auto_class = PPNetLlamaConfig, "AutoModel"
+    config_class = PPNetLlamaConfig
 
 
 class PPNetLlamaForCausalLM(PerLayerWidths, LlamaForCausalLM):
-    config_class, _auto_class = PPNetLlamaConfig, "AutoModelForCausalLM"
+    config_class = PPNetLlamaConfig
 
 
 @strict
@@ -83,11 +81,11 @@ class PPNetMistralConfig(AnyHeadCount, MistralConfig):
 
 
 class PPNetMistralModel(PerLayerWidths, MistralModel):
-    config_class, _auto_class = PPNetMistralConfig, "AutoModel"
+    config_class = PPNetMistralConfig
 
 
 class PPNetMistralForCausalLM(PerLayerWidths, MistralForCausalLM):
-    config_class, _auto_class = PPNetMistralConfig, "AutoModelForCausalLM"
+    config_class = PPNetMistralConfig
 
 
 @strict
@@ -96,11 +94,11 @@ class PPNetQwen2Config(AnyHeadCount, Qwen2Config):
 
 
 class PPNetQwen2Model(PerLayerWidths, Qwen2Model):
-    config_class, _auto_class = PPNetQwen2Config, "AutoModel"
+    config_class = PPNetQwen2Config
 
 
 class PPNetQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):
-    config_class, _auto_class = PPNetQwen2Config, "AutoModelForCausalLM"
+    config_class = PPNetQwen2Config
 
 
 @strict
@@ -109,8 +107,16 @@ class PPNetQwen3Config(AnyHeadCount, Qwen3Config):
 
 
 class PPNetQwen3Model(PerLayerWidths, Qwen3Model):
-    config_class, _auto_class = PPNetQwen3Config, "AutoModel"
+    config_class = PPNetQwen3Config
 
 
 class PPNetQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):
-    config_class, _auto_class = PPNetQwen3Config, "AutoModelForCausalLM"
+    config_class = PPNetQwen3Config
+
+
+for config in (PPNetLlamaConfig, PPNetMistralConfig, PPNetQwen2Config, PPNetQwen3Config):
+    config.register_for_auto_class()
+for model in (PPNetLlamaModel, PPNetMistralModel, PPNetQwen2Model, PPNetQwen3Model):
+    model.register_for_auto_class("AutoModel")
+for causal_lm in (PPNetLlamaForCausalLM, PPNetMistralForCausalLM, PPNetQwen2ForCausalLM, PPNetQwen3ForCausalLM):
+    causal_lm.register_for_auto_class("AutoModelForCausalLM")

@@ -78,8 +78,11 @@ def shift_labels(labels: Tensor) -> Tensor:
 
 
 def mark_updated(model: nn.Module) -> None:
-    """Advances the version counters of the weights. Fused optimizers write weights without doing so, and a resized model
-    notices by version that its gathered weights are out of date."""
+    """Advances the version counters of the weights.
+
+    Fused optimizers write weights without doing so, and a resized model notices by version that its gathered weights
+    are out of date.
+    """
     torch.autograd.graph.increment_version(list(model.parameters()))
 
 

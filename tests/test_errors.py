@@ -1,0 +1,327 @@
+"""Bad input (DESIGN section 8): every message names the argument and what to do, and nothing is changed.
+
+Errors of data, checkpoints, operators and training are tested beside them (test_evaluate, test_train_data,
+test_checkpoint, ops/test_rows, test_trainer).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny, token_ids
+from torch import nn
+
+import ppnet
+from ppnet.errors import CheckpointError, PlanError, PPNetError, SizeError, UnsupportedModelError
+from ppnet.gates import PuppetConfig
+from ppnet.plan import Plan
+from ppnet.wrap import engine_of
+
+
+def fingerprint(model):
+    """All that a failed call could have left behind: weights, hooks, patched forwards, attributes, config, size."""
+    modules = {
+        name: (
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            sorted(key for key in module.__dict__ if key == "forward" or key.startswith("_ppnet")),
+            sorted((key, value) for key, value in module.__dict__.items() if isinstance(value, int)),
+        )
+        for name, module in model.named_modules()
+    }
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(vars(model.config))
+    return modules, config, engine_of(model).fixed if "_ppnet_engine" in model.__dict__ else None
+
+
+@contextmanager
+def refused(model, error, message):
+    """The block raises `error` with `message` and leaves the model as it was."""
+    before = fingerprint(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        yield
+    assert fingerprint(model) == before
+    after = model.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def gated():
+    return ppnet.wrap(tiny("llama"))
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def compacted():
+    model = tiny("llama")
+    scores = {site.name: torch.arange(1.0, site.units + 1) for site in ppnet.inspect(model).structure.sites}
+    scores["layers.0.neuron"] += 100
+    return ppnet.compact(model, 0.6, scores=scores, allocation="global")
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+
+
+class Quantised(nn.Linear):
+    pass
+
+
+def quantised():
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj = Quantised(32, 44)
+    return model
+
+
+def adapters():
+    model = tiny("llama")
+    model.peft_config = {"default": object()}
+    return model
+
+
+def unequal_groups():
+    model = tiny("llama", num_attention_heads=4, num_key_value_heads=2)
+    attention = model.model.layers[2].self_attn
+    attention.q_proj, attention.o_proj = nn.Linear(32, 24), nn.Linear(24, 32)
+    return model
+
+
+MODELS = {
+    "unknown": (bert, r"model_type 'bert' is not supported\. Supported: gpt2, llama.*add one file to ppnet/families/"),
+    "compacted": (compacted, r"model_type is 'ppnet_llama', so this model was already compacted.*the dense model"),
+    "quantised": (
+        quantised,
+        r"model\.layers\.1\.mlp\.up_proj is a test_errors\.Quantised; only .* Dequantise the model",
+    ),
+    "adapters": (adapters, r"PEFT adapters are attached.*merge_and_unload\(\)"),
+    "unequal": (unequal_groups, r"model\.layers\.2\.self_attn has 3 query heads for 2 KV heads.*same number"),
+}
+
+
+@pytest.mark.parametrize(
+    "call", [ppnet.wrap, ppnet.inspect, lambda m: ppnet.plan(m, 0.5), lambda m: ppnet.compact(m, 0.5)]
+)
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_that_cannot_be_gated(kind, call):
+    build, message = MODELS[kind]
+    model = build()
+    with refused(model, UnsupportedModelError, message):
+        call(model)
+
+
+def test_a_module_without_a_config():
+    with pytest.raises(UnsupportedModelError, match=r"Linear has no config\.model_type; ppnet needs a Hugging Face"):
+        ppnet.wrap(nn.Linear(2, 2))
+
+
+def test_a_gated_model_is_not_gated_again():
+    model = gated()
+    with refused(model, UnsupportedModelError, r"LlamaForCausalLM is already gated.*ppnet\.unwrap\(model\) first"):
+        ppnet.wrap(model)
+    ids = token_ids()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny("llama")(ids).logits)
+
+
+@pytest.mark.parametrize("call", [lambda m: ppnet.resize(m, 0.5), ppnet.size_curve, ppnet.unwrap])
+def test_a_model_without_gates(call):
+    model = tiny("llama")
+    with refused(model, UnsupportedModelError, r"LlamaForCausalLM carries no gates; call ppnet\.wrap\(model\) first"):
+        call(model)
+
+
+def test_an_unknown_importance_stops_before_the_model_is_touched():
+    model = tiny("llama")
+    with refused(model, PPNetError, r"importance: 'norm' is not known; use one of row_norm, scale_free"):
+        ppnet.wrap(model, PuppetConfig(importance="norm"))
+    ppnet.wrap(model)
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+DENSE = sum(p.numel() for p in tiny("llama").parameters())
+CALLS = {
+    "plan": (tiny, ppnet.plan),
+    "plan gated": (lambda name: gated(), ppnet.plan),
+    "resize": (lambda name: gated(), ppnet.resize),
+    "compact": (tiny, ppnet.compact),
+}
+calls = pytest.mark.parametrize("build, call", CALLS.values(), ids=CALLS)
+
+
+@calls
+@pytest.mark.parametrize(
+    "size", [math.nan, math.inf, -math.inf, 0, 0.0, -0.5, True, False, "0.5", [0.5], 1j], ids=lambda size: repr(size)
+)
+def test_sizes_that_are_no_size(build, call, size):
+    model = build("llama")
+    with refused(
+        model, SizeError, r"size: .* must be a positive finite number \(a fraction <= 1, or an absolute params\)"
+    ):
+        call(model, size)
+
+
+@calls
+def test_sizes_that_cannot_be_met(build, call):
+    model = build("llama")
+    report = ppnet.inspect(model)
+    floor, gated_dense = report.smallest, (report.costs.dense - report.costs.fixed).params
+    message = rf"size: .* params is not possible; the smallest is {floor.params:,} \(0\.\d+ of dense, {DENSE:,}\)"
+    for size in (0.01, floor.params - 1):
+        with refused(model, SizeError, message):
+            call(model, size)
+    with refused(model, SizeError, rf"the smallest is {floor.flops:,} .*Ask for at least that, or gate more kinds"):
+        call(model, 2, metric="flops")
+    with refused(
+        model, SizeError, rf"size: {DENSE + 1:,} params is above the dense model's {DENSE:,}; ask for at most"
+    ):
+        call(model, DENSE + 1)
+    with refused(model, SizeError, rf"above the dense gated's {gated_dense:,}"):
+        call(model, gated_dense + 1, of="gated")
+    call(model, floor.params)
+    call(model, DENSE)
+
+
+@calls
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"metric": "latency"}, PPNetError, r"metric: 'latency' is not known; use one of 'params', 'flops', 'bytes'"),
+        ({"of": "layers"}, PPNetError, r"of: 'layers' is not known; use 'model' or 'gated'"),
+        ({"allocation": "best"}, PlanError, r"allocation: 'best' is not known; use one of uniform, global"),
+        (
+            {"multiple_of": {"head": 2}},
+            PlanError,
+            r"multiple_of: \{'head': 2\} must map one of \['kv_group', 'neuron'\]",
+        ),
+        ({"multiple_of": {"neuron": 0}}, PlanError, r"multiple_of: \{'neuron': 0\} must map .* to an integer >= 1"),
+        ({"multiple_of": {"neuron": 8.0}}, PlanError, r"multiple_of: \{'neuron': 8\.0\} must map"),
+        ({"scores": {}}, PlanError, r"scores: no entry for site 'layers\.0\.kv_group'; give one score per unit"),
+        ({"scores": "short"}, PlanError, r"scores: 'layers\.2\.neuron' needs 44 finite scores, got 43 values"),
+        ({"scores": "nan"}, PlanError, r"scores: 'layers\.2\.neuron' needs 44 finite scores"),
+    ],
+)
+def test_options_of_sizes(build, call, options, error, message):
+    model = build("llama")
+    if isinstance(options.get("scores"), str):
+        scores = {site.name: torch.ones(site.units) for site in ppnet.inspect(model).structure.sites}
+        last = scores["layers.2.neuron"]
+        scores["layers.2.neuron"] = last[:43] if options["scores"] == "short" else last * math.nan
+        options = {"scores": scores}
+    with refused(model, error, message):
+        call(model, 0.6, **options)
+
+
+def test_a_size_curve_needs_two_points():
+    with pytest.raises(PPNetError, match=r"points: 1 must be at least 2"):
+        ppnet.size_curve(gated(), points=1)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def changed(plan, site, units):
+    return replace(plan, kept={**plan.kept, site: units})
+
+
+PLANS = {
+    "another type": (lambda p: replace(p, model_type="qwen2"), r"made for model_type 'qwen2', the model is 'llama'"),
+    "another width": (
+        lambda p: replace(p, dense_units={**p.dense_units, "layers.0.neuron": 48}),
+        r"dense widths differ from the model's, first at .*layers\.0\.neuron",
+    ),
+    "another depth": (
+        lambda p: replace(p, dense_units={**p.dense_units, "layers.3.neuron": 44}),
+        r"dense widths differ from the model's, first at .*layers\.3\.neuron",
+    ),
+    "empty": (
+        lambda p: changed(p, "layers.1.kv_group", []),
+        r"keeps no unit of layers\.1\.kv_group; at least one unit",
+    ),
+    "missing": (
+        lambda p: replace(p, kept={k: v for k, v in p.kept.items() if k != "layers.1.neuron"}),
+        r"keeps no unit of layers\.1\.neuron",
+    ),
+    "stranger": (
+        lambda p: changed(p, "layers.9.neuron", [0]),
+        r"keeps units of \['layers\.9\.neuron'\], which the model",
+    ),
+    "unsorted": (
+        lambda p: changed(p, "layers.0.neuron", [3, 1]),
+        r"layers\.0\.neuron must hold sorted, unique indices",
+    ),
+    "repeated": (lambda p: changed(p, "layers.0.neuron", [3, 3]), r"sorted, unique indices in \[0, 44\); got \[3, 3\]"),
+    "negative": (lambda p: changed(p, "layers.0.neuron", [-1, 3]), r"sorted, unique indices in \[0, 44\)"),
+    "beyond": (lambda p: changed(p, "layers.0.kv_group", [0, 4]), r"layers\.0\.kv_group must hold .* in \[0, 4\)"),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("call", [ppnet.resize, ppnet.compact])
+def test_plans_that_do_not_fit(call, kind):
+    change, message = PLANS[kind]
+    model = gated()
+    ppnet.resize(model, 0.7)
+    bad = change(ppnet.plan(model, 0.5))
+    with refused(model, PlanError, message):
+        call(model, bad)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "plan.json"
+    ppnet.plan(tiny("llama"), 0.5).save(path)
+    return path
+
+
+def edited(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_plan_files(saved):
+    text = saved.read_text()
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        saved.write_text(text[:length])
+        with pytest.raises(CheckpointError, match=r"plan: cannot read .*plan\.json: "):
+            Plan.load(saved)
+    saved.write_bytes(b"\xff\xfe\x00plan")
+    with pytest.raises(CheckpointError, match=r"plan: cannot read .*plan\.json: .*codec can't decode"):
+        Plan.load(saved)
+    with pytest.raises(CheckpointError, match=r"plan: cannot read .*absent\.json: .*No such file"):
+        Plan.load(saved.with_name("absent.json"))
+    for foreign, found in (("[1, 2]", "'list'"), ('{"format": "other/3"}', "'other/3'"), ("{}", "None")):
+        saved.write_text(foreign)
+        with pytest.raises(CheckpointError, match=rf"not a ppnet plan \(format {found}, expected 'ppnet\.plan/1'\)"):
+            Plan.load(saved)
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [
+        ({"kept": {"layers.0.neuron": ["x"]}}, "ValueError"),
+        ({"kept": {"layers.0.neuron": 3}}, "TypeError"),
+        ({"kept": [1]}, "AttributeError"),
+        ({"cost": {"params": 1}}, "TypeError"),
+        ({"u": "high"}, "ValueError"),
+    ],
+)
+def test_damaged_plan_fields(saved, fields, word):
+    edited(saved, **fields)
+    with pytest.raises(CheckpointError, match=rf"plan: incomplete or damaged: {word}"):
+        Plan.load(saved)
+
+
+@pytest.mark.parametrize("field", ["model_type", "kept", "dense_units", "cost", "dense_cost", "asked", "metric", "u"])
+def test_missing_plan_fields(saved, field):
+    data = json.loads(saved.read_text())
+    del data[field]
+    with pytest.raises(CheckpointError, match=rf"plan: incomplete or damaged: KeyError\('{field}'\)"):
+        Plan.from_dict(data)
