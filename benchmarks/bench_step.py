@@ -1,9 +1,9 @@
 """One training step (forward, backward, clipping, AdamW) at a fixed keep fraction, against dense and dense times mask.
 
-Run: make bench, or python -m pytest benchmarks/bench_step.py --benchmark-only. Every round draws a new mask and times the
-three variants one after the other, so that load on the machine hits them alike; ratios are medians over rounds of the
-same run. The ideal is what the FLOPs say: s + (1 - s) / 24 of the gated matrices plus the ungated rest, where the rest is
-the measured step of a model whose sites all keep one unit.
+Run: make bench, or python -m pytest benchmarks/bench_step.py --benchmark-only. Every round draws a new mask and times
+the three variants one after the other, so that load on the machine hits them alike; ratios are medians over rounds of
+the same run. The ideal is what the FLOPs say: s + (1 - s) / 24 of the gated matrices plus the ungated rest, where the
+rest is the measured step of a model whose sites all keep one unit.
 """
 
 import copy
@@ -90,7 +90,7 @@ def skipping(keep):
 
 
 def masking(keep):
-    """Dense computation times the same gates, as published code does: the sub-layers' unit outputs are multiplied by z."""
+    """Dense computation times the same gates, as published code does: unit outputs are multiplied by z."""
     net = wrap(model(), PuppetConfig())
     puppet, plain = net.puppet, net
     engine = net.__dict__["_ppnet_engine"]

@@ -57,10 +57,10 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     original = AutoModelForCausalLM.from_pretrained(folder).eval()
     valid = (SHARED / "data" / "tinystories" / "valid.txt").read_text()[: options.valid_characters]
-    blocks = text_blocks(
-        SHARED / "data" / "tinystories" / "train.txt", tokenizer, options.length, separator=SEPARATOR, pack=False, bos=True
-    )
-    rows = {"original": nll(original, tokenizer, valid), "magnitude": {}, "elastic": {}, "fine-tuned": [], "seconds": []}
+    stories = SHARED / "data" / "tinystories" / "train.txt"
+    blocks = text_blocks(stories, tokenizer, options.length, separator=SEPARATOR, pack=False, bos=True)
+    rows = {"original": nll(original, tokenizer, valid), "magnitude": {}, "elastic": {}, "fine-tuned": []}
+    rows["seconds"] = []
     for fraction in FRACTIONS:
         small = compact(original, plan(original, fraction, of="gated"))
         rows["magnitude"][str(fraction)] = nll(small, tokenizer, valid)

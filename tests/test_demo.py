@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 
 import pytest
@@ -32,7 +33,7 @@ def test_it_reports_every_fraction_against_ungated_own_dense_and_paper(demo):
         assert row["/ ungated"] == pytest.approx(row["perplexity"] / result["ungated_perplexity"])
         assert row["/ own dense"] == pytest.approx(row["perplexity"] / rows[0]["perplexity"])
     assert [row["paper / own dense"] for row in rows[1:]] == [1.067, 1.121, 1.164, 1.198, 1.29]
-    assert all(a["params"] > b["params"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["params"] > b["params"] for a, b in itertools.pairwise(rows))
 
 
 def test_what_it_wrote_loads(demo):

@@ -331,7 +331,10 @@ def test_order_key_is_the_last_u_at_which_a_unit_stays(preset):
     always, never = stays[-1], ~stays.any(0)
     between = ~always & ~never
     assert between.sum() > 10 and always.sum() > 3
-    # The grid of order_key has cells of 1/256; a root lies in the cell that the scan finds it in.
-    assert (key[between] - last[between]).abs().max() <= 1 / 256
+    # The root lies in (last, last + 1/2048]. order_key interpolates on a grid of 1/256, and reads the row norms of the
+    # paper's form, which depend on u, from a table: that moves a root by up to 1.6/2048 (measured).
+    slack = 0.1 if preset == "default" else 2.0
+    cells = (key[between] - last[between]) * 2048
+    assert cells.min() > -slack and cells.max() < 1 + slack
     assert torch.allclose(key[always], 1 + margin[-1][always], atol=1e-4)
     assert (key[always] > 1).all() and (key[never] <= 0).all()

@@ -285,6 +285,6 @@ def test_size_curve_falls_with_lambda():
     one_unit = max(unit.flops for unit in COSTS.unit) / gated
     floor = COSTS.gated([1] * 6).flops / gated
     for point in curve[1:]:
-        rho_bar = max(float(puppet.mean_inclusion(puppet.inclusion(point.u))), floor)
+        rho_bar = max(float(puppet.mean_inclusion(puppet.inclusion(point.u)).detach()), floor)
         assert rho_bar - one_unit < point.gated_flops <= rho_bar + 1e-6
         assert point.lambda_ == pytest.approx(point.u / (1 - point.u))

@@ -186,7 +186,7 @@ def test_parameter_groups() -> None:
     members = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
     assert groups["weights"]["weight_decay"] == 0.2
     assert groups["no_decay"]["weight_decay"] == groups["gates"]["weight_decay"] == 0.0
-    assert groups["gates"]["lr"] == pytest.approx(1e-2)
+    assert groups["gates"]["lr"] == ppnet.PuppetConfig().gate_lr == 0.03
     assert members["gates"] == {n for n in names.values() if n.startswith("puppet.")}
     assert "model.embed_tokens.weight" in members["no_decay"] and "model.norm.weight" in members["no_decay"]
     assert {n for n in names.values() if n.endswith("bias")} <= members["no_decay"]

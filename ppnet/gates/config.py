@@ -46,7 +46,8 @@ class PuppetConfig:
         penalty: weight of the cost penalty lambda * rho_bar(lambda).
         distill: weight in [0, 1] of in-place distillation: gated passes learn from the model's own dense pass.
         distill_temperature: temperature of that distillation.
-        gate_lr: learning rate of the gates; None: `ppnet.train.param_groups` decides.
+        gate_lr: learning rate of the gates; None: the weights' learning rate (the paper's form). Gate logits have to
+            travel several units in a phase whatever the weights' rate is, so the default is absolute.
         decay_gates: whether weight decay applies to gate parameters.
         align: kept units per neuron site are computed in multiples of this (the extra ones have gate 0: exact).
         seed: seed of the counter-based draws of lambda, masks and token samples.
@@ -73,7 +74,7 @@ class PuppetConfig:
     lambda_rate: float | None = None
     u_max: float = 0.9
     lambda_warmup: int = 0
-    penalty: float = 1.0
+    penalty: float | None = None
     distill: float | None = None
     distill_temperature: float = 1.0
     gate_lr: float | None = None
@@ -86,8 +87,10 @@ class PuppetConfig:
             "importance": "scale_free",
             "train_importance": False,
             "pin_dense": True,
-            "lambda_rate": 1.0,
+            "lambda_rate": 0.5,
+            "penalty": 0.5,
             "distill": 0.5,
+            "gate_lr": 0.03,
             "decay_gates": False,
         },
         "paper": {
@@ -95,6 +98,7 @@ class PuppetConfig:
             "train_importance": True,
             "pin_dense": False,
             "lambda_rate": 0.3,
+            "penalty": 1.0,
             "distill": 0.0,
             "decay_gates": True,
         },
@@ -122,7 +126,7 @@ class PuppetConfig:
         self._check_range("distill", self.distill is not None and 0 <= self.distill <= 1, "in [0, 1]")
         self._check_range("distill_temperature", self.distill_temperature > 0, "> 0")
         self._check_range("pooled_scale", self.pooled_scale > 0, "> 0")
-        self._check_range("penalty", self.penalty >= 0, ">= 0")
+        self._check_range("penalty", self.penalty is not None and self.penalty >= 0, ">= 0")
         self._check_range("lambda_warmup", self.lambda_warmup >= 0, ">= 0")
         self._check_range("gate_lr", self.gate_lr is None or self.gate_lr >= 0, ">= 0")
         self._check_range("align", self.align >= 1, ">= 1")

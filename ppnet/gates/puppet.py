@@ -261,7 +261,7 @@ class Puppet(nn.Module):
             if lambda_ > 0.0:
                 u = lambda_ / (1.0 + lambda_)
                 rho_bar = self.mean_inclusion(self.inclusion(u, self._training_importance(u)))
-                total = total + self.config.penalty * lambda_ * rho_bar / len(self._lambdas)
+                total = total + float(self.config.penalty or 0.0) * lambda_ * rho_bar / len(self._lambdas)
         return total
 
     def clear(self) -> None:

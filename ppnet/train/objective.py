@@ -97,8 +97,7 @@ def param_groups(
     Args:
         model: any model, wrapped by ppnet or not. Frozen parameters are left out.
         lr: learning rate of the weights.
-        gate_lr: learning rate of the gates; None: `PuppetConfig.gate_lr`, else ``lr`` under the paper preset, else
-            ``10 * lr`` (gate logits have to travel several units, weights hundredths).
+        gate_lr: learning rate of the gates; None: `PuppetConfig.gate_lr`, or `lr` if that is None too.
         weight_decay: coefficient of the ``weights`` group.
 
     Raises:
@@ -111,7 +110,7 @@ def param_groups(
     if gate_lr is None:
         gate_lr = getattr(config, "gate_lr", None)
     if gate_lr is None:
-        gate_lr = lr if getattr(config, "preset", None) == "paper" else 10 * lr
+        gate_lr = lr
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights, no_decay, gates = [], [], []
     for name, parameter in model.named_parameters():
