@@ -126,8 +126,6 @@ def schedule(recipe: Recipe, start: int) -> Callable[[int], float]:
     return factor
 
 
-
-
 def train(model: nn.Module, blocks: Any, recipe: Recipe, folder: Path, start: int, stop: int, what: str) -> float:
     """Trains from step `start` to `stop` of the recipe's schedule.
 

@@ -39,7 +39,7 @@ def train(
     dense_steps: Annotated[int, typer.Option(help="Optimizer steps without gates before that.")] = 0,
     preset: Annotated[str, typer.Option(help="Form of the gates: default or paper.")] = "default",
     lr: Annotated[float, typer.Option(help="Learning rate of the weights.")] = 3e-4,
-    gate_lr: Annotated[float | None, typer.Option(help="Learning rate of the gates; default 0.03, paper: --lr.")] = None,
+    gate_lr: Annotated[float | None, typer.Option(help="Learning rate of the gates; default 0.03")] = None,
     batch: Annotated[int, typer.Option(help="Sequences per device and micro-step.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Micro-steps per optimizer step.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,

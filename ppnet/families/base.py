@@ -53,6 +53,11 @@ def register(family: Family) -> Family:
     return family
 
 
+def no_attributes(kept: int) -> Mapping[str, int]:
+    """For sub-layers whose forward reads widths from tensors alone."""
+    return {}
+
+
 def consecutive(units: int, width: int, start: int = 0) -> Tensor:
     """Index table of units that own `width` consecutive features each: int64 ``(units, width)``."""
     return torch.arange(units * width).view(units, width) + start

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, register
+from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, no_attributes, register
 from ppnet.units import Site
 
 
 def _attention_attributes(head: int, kept: int) -> Mapping[str, int]:
     return {"num_heads": kept, "split_size": kept * head}
-
-
-def _no_attributes(kept: int) -> Mapping[str, int]:
-    return {}
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
@@ -51,7 +47,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
                 units=neurons,
                 producers=(linear_leaf(model, f"{mlp}.c_fc", "up", each),),
                 consumer=linear_leaf(model, f"{mlp}.c_proj", "out", each),
-                attributes=_no_attributes,
+                attributes=no_attributes,
             )
         )
     return tuple(found)

@@ -12,17 +12,13 @@ from typing import Any
 from torch import nn
 
 from ppnet.errors import UnsupportedModelError
-from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, register
+from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, no_attributes, register
 from ppnet.units import Site
-
-
-def _no_attributes(kept: int) -> Mapping[str, int]:
-    return {}
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:
     """Two sites per layer: KV groups of `self_attn` and neurons of `mlp`."""
-    decoder = "model.layers" if hasattr(model, "lm_head") else "layers"
+    decoder = "model.layers" if hasattr(model, "model") else "layers"
     found: list[Site] = []
     for layer, module in enumerate(decoder_layers(model, decoder)):
         attention, mlp = f"{decoder}.{layer}.self_attn", f"{decoder}.{layer}.mlp"
@@ -47,7 +43,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
                     linear_leaf(model, f"{attention}.v_proj", "v", per_key),
                 ),
                 consumer=linear_leaf(model, f"{attention}.o_proj", "out", per_query),
-                attributes=_no_attributes,
+                attributes=no_attributes,
             )
         )
         neurons = module.mlp.down_proj.in_features
@@ -63,7 +59,7 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
                     linear_leaf(model, f"{mlp}.up_proj", "up", each),
                 ),
                 consumer=linear_leaf(model, f"{mlp}.down_proj", "out", each),
-                attributes=_no_attributes,
+                attributes=no_attributes,
             )
         )
     return tuple(found)

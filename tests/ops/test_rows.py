@@ -108,8 +108,24 @@ def test_dot_does_not_depend_on_threads():
 
 
 def test_special_values_and_rounding(isa):
-    values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, 65504.0, 65519.0, 65520.0, 6e-8,
-                           3e-8, 2.98e-8, 1.0009766, 3.3895314e38])
+    values = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+            1e-40,
+            65504.0,
+            65519.0,
+            65520.0,
+            6e-8,
+            3e-8,
+            2.98e-8,
+            1.0009766,
+            3.3895314e38,
+        ]
+    )
     for dtype in DTYPES:
         every_half = torch.arange(-32768, 32767, dtype=torch.int16).view(torch.float16)
         src = torch.cat([values.to(dtype), every_half.to(dtype)])
@@ -267,8 +283,17 @@ SCATTER_ERRORS = [
 @compiled
 @pytest.mark.parametrize("change, message", SCATTER_ERRORS)
 def test_scatter_errors(change, message):
-    args = dict(grad=[torch.zeros(2, 3)], idx=[torch.tensor([0, 1])], scale=[torch.empty(0)], dim=[0], size=[4],
-                weight=[torch.empty(0)]) | change
+    args = (
+        dict(
+            grad=[torch.zeros(2, 3)],
+            idx=[torch.tensor([0, 1])],
+            scale=[torch.empty(0)],
+            dim=[0],
+            size=[4],
+            weight=[torch.empty(0)],
+        )
+        | change
+    )
     with pytest.raises(RuntimeError, match=message):
         torch.ops.ppnet.scatter_rows(**args)
 
