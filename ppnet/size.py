@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -45,15 +46,16 @@ def target_cost(size: Size, costs: CostModel, metric: str, of: str) -> float:
     check_metric(metric)
     if of not in ("model", "gated"):
         raise PPNetError(f"of: {of!r} is not known; use 'model' or 'gated'.")
-    if isinstance(size, bool) or not isinstance(size, int | float) or not math.isfinite(size) or size <= 0:
+    if isinstance(size, bool) or not isinstance(size, Real) or not math.isfinite(size) or size <= 0:
         raise SizeError(f"size: {size!r} must be a positive finite number (a fraction <= 1, or an absolute {metric}).")
+    size = float(size)
     dense, fixed = costs.dense.of(metric), costs.fixed.of(metric)
     if size <= 1:
         return size * dense if of == "model" else fixed + size * (dense - fixed)
-    target = float(size) if of == "model" else fixed + float(size)
+    target = size if of == "model" else fixed + size
     if target > dense:
         largest = dense if of == "model" else dense - fixed
-        raise SizeError(f"size: {size:,} {metric} is above the dense {of}'s {largest:,}; ask for at most that.")
+        raise SizeError(f"size: {size:,.0f} {metric} is above the dense {of}'s {largest:,}; ask for at most that.")
     return target
 
 

@@ -296,14 +296,17 @@ def gather_site(
     """Weights and biases of a site restricted to some units: leaf name -> (weight, bias). Differentiable.
 
     Args:
-        units: ``(K,)`` int64 unit indices.
+        units: ``(K,)`` int64 unit indices, sorted.
         gate: ``(K,)`` factors of the units' outputs, folded into the consumer's columns; None: 1.
     """
+    # A leaf that keeps all its features unscaled computes with its own weights: nothing to copy, nothing to scatter.
+    whole = len(units) == site.units
+    gathered_leaves = [leaf for leaf in site.leaves if not whole or (leaf.role == "out" and gate is not None)]
     tensors: list[Tensor] = []
     indices: list[Tensor] = []
     scales: list[Tensor | None] = []
     dims: list[int] = []
-    for leaf in site.leaves:
+    for leaf in gathered_leaves:
         module = leaf_module(model, leaf)
         features = leaf.features(units).to(module.weight.device)
         tensors.append(module.weight)
@@ -318,12 +321,15 @@ def gather_site(
             indices.append(features)
             dims.append(0)
             scales.append(None)
-    gathered = iter(ops.gather_rows(tensors, indices, scales, dims))
+    gathered = iter(ops.gather_rows(tensors, indices, scales, dims) if tensors else ())
     result: dict[str, tuple[Tensor, Tensor | None]] = {}
     for leaf in site.leaves:
-        weight, bias = next(gathered), leaf_module(model, leaf).bias
-        if leaf.role != "out" and bias is not None:
-            bias = next(gathered)
+        module = leaf_module(model, leaf)
+        weight, bias = module.weight, module.bias
+        if leaf in gathered_leaves:
+            weight = next(gathered)
+            if leaf.role != "out" and bias is not None:
+                bias = next(gathered)
         result[leaf.name] = (weight, bias)
     return result
 

@@ -288,3 +288,11 @@ def test_size_curve_falls_with_lambda():
         rho_bar = max(float(puppet.mean_inclusion(puppet.inclusion(point.u)).detach()), floor)
         assert rho_bar - one_unit < point.gated_flops <= rho_bar + 1e-6
         assert point.lambda_ == pytest.approx(point.u / (1 - point.u))
+
+
+def test_numpy_sizes_are_sizes():
+    import numpy as np
+
+    model = tiny("llama")
+    assert plan(model, np.float32(0.5)).cost == plan(model, 0.5).cost
+    assert plan(model, np.int64(30_000)).cost == plan(model, 30_000).cost
