@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -45,12 +47,16 @@ def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None
         tokenizer: its tokenizer, saved beside it.
 
     Raises:
-        CheckpointError: `directory` is a file, or holds files that replacing it would delete.
+        CheckpointError: `directory` is a file or the working directory, or holds files that replacing it would delete.
         OSError: the disk is full or not writable; what was there before is untouched.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"directory: {directory} is a file; give the name of a folder.")
+    if directory.is_dir() and directory.samefile("."):
+        raise CheckpointError(
+            f"directory: {directory} is the current working directory, which saving would replace; name a folder in it."
+        )
     with atomic_directory(directory) as work:
         model.save_pretrained(work)  # type: ignore[operator]
         if tokenizer is not None:
@@ -89,15 +95,29 @@ def load(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
     Raises:
         CheckpointError: no such folder; no or damaged config.json; truncated, missing or foreign weight files; weights,
             gates or plan that do not belong to the config.
+
+    Warns:
+        UserWarning: config.json names gates that were not saved, since the model was loaded without them before.
     """
     path = Path(path)
     config = _read_config(path)
     files = _weight_files(path)
     for file in files:
         _check_safetensors(file)
-    model = _from_pretrained(_model_class(path, config), path, from_pretrained_kwargs)
+    stock = _model_class(path, config)
+    _check_config(stock, path)
+    model = _from_pretrained(stock, path, from_pretrained_kwargs)
     if "ppnet" in config:
-        _attach_gates(model, path, config["ppnet"], files)
+        gates = _read_gates(files)
+        if gates and config["model_type"] in FAMILIES:
+            _attach_gates(model, path, config["ppnet"], gates)
+        else:
+            del model.config.ppnet
+            warnings.warn(
+                f"{path / CONFIG_FILE} has options of gates, but the gates were not saved: the model comes without them. "
+                "To keep gates, load with ppnet.load (not AutoModel) before saving.",
+                stacklevel=2,
+            )
     if (path / PLAN_FILE).exists():
         plan = Plan.load(path / PLAN_FILE)
         _check_plan(model, plan, path)
@@ -187,7 +207,8 @@ def _model_class(path: Path, config: dict[str, Any]) -> type:
     """The class that config.json names: a shipped one, or transformers' own."""
     import transformers
 
-    model_type, names = config.get("model_type"), config.get("architectures") or [None]
+    model_type, names = config.get("model_type"), config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
     base = str(model_type).removeprefix(PREFIX)
     if base not in FAMILIES:
         raise CheckpointError(
@@ -196,15 +217,31 @@ def _model_class(path: Path, config: dict[str, Any]) -> type:
         )
     if base != model_type:
         classes = shipped(base)
-        found = next((item for item in (classes.causal_lm, classes.model) if item.__name__ == names[0]), None)
+        found = next((item for item in (classes.causal_lm, classes.model) if item.__name__ == name), None)
     else:
-        found = getattr(transformers, str(names[0]), None)
+        found = getattr(transformers, str(name), None)
     if found is None or not hasattr(found, "from_pretrained"):
         raise CheckpointError(
-            f"path: {path / CONFIG_FILE} names the class {names[0]!r} under architectures, which neither ppnet nor "
+            f"path: {path / CONFIG_FILE} names the class {name!r} under architectures, which neither ppnet nor "
             "transformers has; save the model again."
         )
     return found
+
+
+def _check_config(stock: Any, path: Path) -> None:
+    """Builds the model of a folder without weights.
+
+    Raises:
+        CheckpointError: config.json holds values that the class does not accept.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            stock(stock.config_class.from_pretrained(path))
+    except Exception as error:  # validators and constructors refuse values with many exception types
+        raise CheckpointError(
+            f"path: {path / CONFIG_FILE} does not describe a {stock.__name__} ({type(error).__name__}: {error}); "
+            "correct it or save the model again."
+        ) from error
 
 
 def _from_pretrained(stock: type, path: Path, kwargs: dict[str, Any]) -> Any:
@@ -249,13 +286,13 @@ def _read_gates(files: list[Path]) -> dict[str, Tensor]:
     return gates
 
 
-def _attach_gates(model: Any, path: Path, options: Any, files: list[Path]) -> None:
+def _attach_gates(model: Any, path: Path, options: Any, gates: dict[str, Tensor]) -> None:
     try:
         puppet_config = PuppetConfig.from_dict(options)
     except (PPNetError, TypeError) as error:
         raise CheckpointError(f"path: the entry 'ppnet' of {path / CONFIG_FILE} is damaged: {error}") from error
     wrap(model, puppet_config)
-    gates, expected = _read_gates(files), model.puppet.state_dict()
+    expected = model.puppet.state_dict()
     wrong = sorted(set(gates) ^ set(expected)) or sorted(n for n in gates if gates[n].shape != expected[n].shape)
     if wrong:
         first = wrong[0]

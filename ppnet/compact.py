@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.equivalence import check_equivalent
-from ppnet.errors import EquivalenceError, PlanError, PPNetError
+from ppnet.errors import EquivalenceError, PlanError
 from ppnet.families import FAMILIES
 from ppnet.plan import Plan
 from ppnet.shipped import shipped
 from ppnet.size import plan as plan_for_size
+from ppnet.size import refuse_options
 from ppnet.units import Leaf, Site, Structure
 from ppnet.wrap import is_wrapped, strip, structure_for
 
@@ -84,11 +85,7 @@ def planned_structure(model: nn.Module, plan: Plan) -> Structure:
 def _plan(model: nn.Module, size_or_plan: Any, metric: str, plan_kwargs: dict[str, Any]) -> Plan:
     if not isinstance(size_or_plan, Plan):
         return plan_for_size(model, size_or_plan, metric=metric, **plan_kwargs)
-    if plan_kwargs or metric != "params":
-        given = ", ".join([*(["metric"] if metric != "params" else []), *plan_kwargs])
-        raise PPNetError(
-            f"{given}: only used to make a plan from a size; size_or_plan is already a Plan, so leave it out."
-        )
+    refuse_options("size_or_plan is already a Plan", metric=metric, **plan_kwargs)
     return size_or_plan
 
 
@@ -186,6 +183,8 @@ def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
 def _fit_config(small: Any, structure: Structure, plan: Plan) -> None:
     """Gives the small model a class and config that say its widths: stock where possible, else shipped."""
     config = small.config
+    if hasattr(config, "ppnet"):  # a folder with gates that AutoModel loaded without them
+        del config.ppnet
     family = FAMILIES[structure.model_type]
     removed = [site for site in structure.sites if len(plan.kept[site.name]) < site.units]
     if not removed:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ppnet.errors import EquivalenceError
 from ppnet.plan import Plan
-from ppnet.size import resize
 from ppnet.units import Structure
-from ppnet.wrap import is_wrapped
+from ppnet.wrap import engine_of, is_wrapped
 
 # Largest difference of logits as a fraction of the largest logit. In float32 both models add the same non-zero products
 # in another order. Half precision rounds every activation: eight units in the last place stand for a deep model's.
@@ -38,7 +37,7 @@ def masked(
     """Forwards inside multiply dropped units by zero, at dense cost: the definition that compaction must reproduce.
 
     It shares no code with the slicing: hooks multiply what enters each consumer (and, with `scales`, what enters each
-    producer). For models without gates.
+    producer). Gates that the model has of its own must be bypassed.
 
     Args:
         scales: per site (unit scale ``(U,)`` or None, input scale ``(D,)`` or None).
@@ -71,13 +70,19 @@ def masked(
 
 @contextmanager
 def _reference(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]:
-    """The model as the plan masks it: by its gates if it has any, else by hooks."""
+    """The model as the plan masks it, by hooks alone: no code is shared with the slicing that is checked."""
+    scales = None
+    engine = None
     if is_wrapped(model):
-        with resize(model, plan):
+        engine = engine_of(model)
+        scales = engine.puppet.scales(plan.u)
+        engine.bypass = True
+    try:
+        with masked(model, structure, plan, scales):
             yield
-    else:
-        with masked(model, structure, plan):
-            yield
+    finally:
+        if engine is not None:
+            engine.bypass = False
 
 
 @contextmanager

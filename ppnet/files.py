@@ -35,9 +35,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a new folder beside `path` that takes its name when the block ends without an error.
 
     An existing folder of that name stays until the new one is complete; on error (a full disk, an interrupt) the new
-    one is removed and the old one is untouched.
+    one is removed and the old one is untouched. If `path` is a link, the folder it points to is replaced.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     work.chmod(0o755)

@@ -109,13 +109,32 @@ def fill(target: float, metric: str, costs: CostModel, order: Sequence[Sequence[
     return kept
 
 
+def _finite(keys: Sequence[Tensor], structure: Structure, source: str) -> list[Tensor]:
+    for key, site in zip(keys, structure.sites, strict=True):
+        if not torch.isfinite(key).all():
+            raise PlanError(
+                f"model: the {source} of site {site.name!r} cannot be ranked: NaN or infinite for "
+                f"{int((~torch.isfinite(key)).sum())} of {site.units} units; go back to a checkpoint that is finite."
+            )
+    return list(keys)
+
+
+def _gate_keys(puppet: Puppet) -> list[Tensor]:
+    structure = puppet.structure
+    return _finite(puppet.order_key().split([site.units for site in structure.sites]), structure, "gates")
+
+
 def _magnitude_keys(model: nn.Module, structure: Structure) -> list[Tensor]:
     with torch.no_grad():
-        return [norm_product(model, site).double().cpu() for site in structure.sites]
+        keys = [norm_product(model, site).double().cpu() for site in structure.sites]
+    return _finite(keys, structure, "weights")
 
 
 def _score_keys(scores: Mapping[str, Any], structure: Structure) -> list[Tensor]:
     keys = []
+    strangers = sorted(map(str, scores.keys() - {site.name for site in structure.sites}))
+    if strangers:
+        raise PlanError(f"scores: {strangers[:3]} are no sites of this model; ppnet.inspect(model) lists them.")
     for site in structure.sites:
         if site.name not in scores:
             raise PlanError(f"scores: no entry for site {site.name!r}; give one score per unit of every site.")
@@ -190,7 +209,7 @@ def plan(
 
     Raises:
         SizeError: above dense, or below the smallest possible size (which is named).
-        PlanError: bad `scores`, `allocation` or `multiple_of`.
+        PlanError: bad `scores`, `allocation` or `multiple_of`; weights or gates that are NaN or infinite.
     """
     structure = structure_for(model)
     gated = is_wrapped(model) and scores is None
@@ -199,8 +218,7 @@ def plan(
         raise PlanError(f"allocation: {allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}.")
     target = target_cost(size, costs, metric, of)
     if gated:
-        puppet = engine_of(model).puppet
-        keys = list(puppet.order_key().split([site.units for site in structure.sites]))
+        keys = _gate_keys(engine_of(model).puppet)
     else:
         keys = _magnitude_keys(model, structure) if scores is None else _score_keys(scores, structure)
         if allocation == "uniform":
@@ -253,6 +271,18 @@ class Resized:
         return f"Resized({self.plan.cost.of(self.plan.metric):,} {self.plan.metric}, {share:.4f} of dense)"
 
 
+def refuse_options(reason: str, **options: Any) -> None:
+    """Refuses options of `plan` where no plan is made from a size.
+
+    Raises:
+        PPNetError: one is given (`metric` and `of`: with another value than their default).
+    """
+    defaults = {"metric": "params", "of": "model"}
+    given = [name for name, value in options.items() if name not in defaults or value != defaults[name]]
+    if given:
+        raise PPNetError(f"{', '.join(given)}: only used to make a plan from a size; {reason}, so leave it out.")
+
+
 def resize(
     model: nn.Module, size: Size | Plan | None, metric: str = "params", *, of: str = "model", **options: Any
 ) -> Resized:
@@ -273,12 +303,17 @@ def resize(
     Raises:
         UnsupportedModelError: the model carries no gates.
         SizeError, PlanError: as `plan`; the size that was set before stays.
+        PPNetError: options of `plan` beside a `Plan` or None.
     """
     engine = engine_of(model)
     if isinstance(size, Plan):
+        refuse_options("size is already a Plan", metric=metric, of=of, **options)
         size.check(engine.puppet.structure)
         return Resized(model, size)
-    return Resized(model, None if size is None else plan(model, size, metric=metric, of=of, **options))
+    if size is None:
+        refuse_options("size=None resets", metric=metric, of=of, **options)
+        return Resized(model, None)
+    return Resized(model, plan(model, size, metric=metric, of=of, **options))
 
 
 @dataclass(frozen=True)
@@ -312,7 +347,7 @@ def size_curve(model: nn.Module, points: int = 33) -> list[SizePoint]:
     puppet = engine_of(model).puppet
     structure, costs = puppet.structure, puppet.costs
     importance = puppet.importance_curve()
-    keys = list(puppet.order_key().split([site.units for site in structure.sites]))
+    keys = _gate_keys(puppet)
     order = [torch.argsort(key, descending=True, stable=True).tolist() for key in keys]
     floor = costs.gated([1] * len(structure.sites)).flops
     gated = costs.gated([site.units for site in structure.sites]).flops

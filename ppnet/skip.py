@@ -4,80 +4,27 @@
 fixed size), gathers the kept rows and columns of every leaf with the gates folded in, and binds them to the leaf
 modules; the model's own forward then runs on smaller matrices. Gradients of kept units come back through the gather
 (scattered rows, and a row dot for the gate). The straight-through gradient of dropped units is computed in the backward
-pass of each sub-layer from a random part of the tokens (DESIGN section 3).
+pass of each sub-layer from a random part of the tokens (`ppnet.straight_through`).
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MethodType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ppnet import ops
+from ppnet.binding import Binding, GatedLeaf, gather_site
+from ppnet.errors import TrainingError
 from ppnet.gates.draw import Draw
 from ppnet.gates.puppet import Puppet
 from ppnet.plan import Plan
 from ppnet.straight_through import DroppedUnits, StraightThrough
 from ppnet.units import Leaf, Site, leaf_module
-
-if TYPE_CHECKING:
-    from transformers.pytorch_utils import Conv1D
-
-
-class Binding:
-    """What a leaf computes with: its own weights (`weight` None), or bound ones; `capture` collects its input instead.
-
-    Not part of the module's state: a deep copy starts unbound (bound tensors carry autograd graphs).
-    """
-
-    __slots__ = ("bias", "capture", "features", "weight")
-
-    def __init__(self) -> None:
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        self.features = 0
-        self.capture: list[Tensor] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        clone = Binding()
-        clone.features = self.features
-        return clone
-
-    def set(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-
-
-class GatedLeaf(Protocol):
-    """A patched `nn.Linear` or `Conv1D`."""
-
-    weight: Tensor
-    bias: Tensor | None
-    _ppnet_binding: Binding
-
-
-def linear_forward(self: GatedLeaf, input: Tensor) -> Tensor:
-    """Forward of a gated `nn.Linear`: the bound weights when there are any."""
-    binding = self._ppnet_binding
-    if binding.capture is not None:
-        binding.capture.append(input)
-        return input.new_zeros((*input.shape[:-1], binding.features))
-    if binding.weight is None:
-        return nn.functional.linear(input, self.weight, self.bias)
-    return nn.functional.linear(input, binding.weight, binding.bias)
-
-
-def conv1d_forward(self: GatedLeaf, input: Tensor) -> Tensor:
-    """Forward of a gated transformers `Conv1D`, whose weight is (in, out)."""
-    binding = self._ppnet_binding
-    if binding.capture is not None:
-        binding.capture.append(input)
-        return input.new_zeros((*input.shape[:-1], binding.features))
-    weight, bias = (self.weight, self.bias) if binding.weight is None else (binding.weight, binding.bias)
-    return nn.functional.linear(input, weight.t(), bias)
 
 
 @dataclass
@@ -97,26 +44,42 @@ class SitePass:
     input_scale: Tensor | None
 
 
+class PendingBackward:
+    """A checkpointed pass whose backward has not run yet; dies with its autograd graph."""
+
+    __slots__ = ("__weakref__", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+
+
 @dataclass
 class Engine:
-    """Decides what a pass computes and binds the leaves accordingly."""
+    """Decides what a pass computes and binds the leaves accordingly.
+
+    Attributes:
+        fixed: the size set by `ppnet.resize`, or None.
+        force_dense: passes are lambda = 0 passes, whatever the size and the mode.
+        bypass: passes are the plain model's, without any gate or amplitude.
+        stale: what is bound may not be what the next pass needs.
+    """
 
     model: nn.Module
     puppet: Puppet
     fixed: Plan | None = None
     force_dense: bool = False
+    bypass: bool = False
     stale: bool = True
     active: list[SitePass | None] = field(default_factory=list)
     bound: bool = False
     versions: tuple[tuple[int, int], ...] = ()
+    pending: weakref.ref[PendingBackward] | None = None
+    watch: RemovableHandle | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         import copy
 
-        clone = Engine(copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo), self.fixed)
-        clone.active = [None] * len(self.puppet.structure.sites)
-        clone.stale = True
-        return clone
+        return Engine(copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo), self.fixed)
 
     def __post_init__(self) -> None:
         self.sites = self.puppet.structure.sites
@@ -126,22 +89,28 @@ class Engine:
     # ---- one pass ------------------------------------------------------------------------------------------------
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Root forward pre-hook. A frozen size that is already bound costs nothing and is visible to torch.compile."""
-        if self.up_to_date():
-            return
-        self.prepare()
-
-    def up_to_date(self) -> bool:
-        if self.stale or self.force_dense or self.model.training:
-            return False
-        if self.fixed is None:
-            return not self.bound
-        return self.bound and (torch.compiler.is_compiling() or self.versions == self.puppet.weight_versions())
+        """Root forward pre-hook. What is bound already stays bound, and is then visible to torch.compile."""
+        if not self.up_to_date():
+            self.prepare()
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Root forward hook: training weights live in the autograd graph; checkpointing alone needs them again."""
-        if self.model.training and self.bound and not self._checkpointing():
+        """Root forward hook: weights with a graph live on in that graph; checkpointing alone needs them bound."""
+        if self.bound and torch.is_grad_enabled() and self.stale and not self._checkpointing():
             self.release()
+
+    def up_to_date(self) -> bool:
+        """Whether the coming pass may use what is bound."""
+        if self.stale or self.force_dense or self.bypass or self._draws():
+            return False
+        if self.fixed is None and self.puppet.dense_is_plain:
+            return not self.bound
+        if torch.is_grad_enabled():
+            return False
+        return self.bound and (torch.compiler.is_compiling() or self.versions == self.puppet.weight_versions())
+
+    def _draws(self) -> bool:
+        """Masks are drawn where something learns from them: training mode with gradients, and no size set."""
+        return self.fixed is None and self.model.training and torch.is_grad_enabled()
 
     def _checkpointing(self) -> bool:
         # transformers renamed the property in 5.2x; both spellings are within the supported range.
@@ -150,23 +119,72 @@ class Engine:
 
     @torch.compiler.disable
     def prepare(self) -> None:
-        """Binds every leaf for the coming pass."""
-        if self.force_dense or (self.fixed is None and not self.model.training):
+        """Binds every leaf for the coming pass.
+
+        Raises:
+            TrainingError: activation checkpointing has yet to recompute an earlier pass with what is bound now, or is
+                of the re-entrant kind.
+        """
+        learns = torch.is_grad_enabled()
+        if self._checkpointing():
+            self._check_checkpointing(learns)
+        self.stale = True
+        if self.bypass:
+            self.release()
+        elif self._draws() and not self.force_dense:
+            self._bind_draw(self.puppet.draw())
+            self.bound = True
+        elif (self.fixed is None or self.force_dense) and self.puppet.dense_is_plain:
             self.release()
             self.stale = False
-            return
-        if self.fixed is None:
-            self._bind_draw(self.puppet.draw())
-            self.stale = True
-        elif self.model.training and torch.is_grad_enabled():
-            self._bind_fixed(self.fixed)
-            self.stale = True
+        elif learns:
+            self._bind_size(None if self.force_dense else self.fixed)
         else:
-            with torch.no_grad():
-                self._bind_fixed(self.fixed)
-            self.stale = False
+            # Normal tensors also under inference_mode: what is bound here outlives the pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self._bind_size(None if self.force_dense else self.fixed)
+            self.stale = self.force_dense
             self.versions = self.puppet.weight_versions()
-        self.bound = True
+
+    def _check_checkpointing(self, learns: bool) -> None:
+        if self.watch is not None:
+            # The pass before never reached its embeddings: it failed, or was given inputs_embeds.
+            self.watch.remove()
+            self.watch = self.pending = None
+        layer = self.model.get_submodule(self.sites[0].block.rpartition(".")[0])
+        options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", None) or {}
+        if options.get("use_reentrant"):
+            raise TrainingError(
+                "gradient_checkpointing_kwargs: use_reentrant=True does not work with gates (their graph would be run "
+                "through once per layer); use {'use_reentrant': False}."
+            )
+        waiting = None if self.pending is None else self.pending()
+        if waiting is not None and not waiting.done:
+            raise TrainingError(
+                "forward: a second forward before the backward of the first, under activation checkpointing, would "
+                "recompute the first with the wrong units. Call backward first, run the other forward before, or turn "
+                "activation checkpointing off."
+            )
+        if learns and self.model.training:
+            self._watch_backward()
+
+    def _watch_backward(self) -> None:
+        """Marks this pass as pending until the gradient of its embeddings, the last one of a backward, arrives."""
+        token = PendingBackward()
+        self.pending = weakref.ref(token)
+
+        def finished(gradient: Tensor) -> None:
+            token.done = True
+
+        def embedded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self.watch is not None:
+                self.watch.remove()
+                self.watch = None
+            if output.requires_grad:
+                output.register_hook(finished)
+
+        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        self.watch = embeddings.register_forward_hook(embedded)
 
     def release(self) -> None:
         """Every leaf computes with its own weights again."""
@@ -179,8 +197,17 @@ class Engine:
 
     def fix(self, plan: Plan | None) -> None:
         """Sets the size of the coming passes: a plan, or None for dense in evaluation and draws in training."""
-        self.fixed = plan
+        before, self.fixed = self.fixed, plan
         self.stale = True
+        if self.model.training:
+            return
+        try:
+            # At once, so that sub-modules called directly are of this size too.
+            with torch.no_grad():
+                self.prepare()
+        except BaseException:
+            self.fixed = before
+            raise
 
     def binding(self, leaf: Leaf) -> Binding:
         gated = cast(GatedLeaf, leaf_module(self.model, leaf))
@@ -233,14 +260,18 @@ class Engine:
             return None
         return scale[self.puppet.mlp_sites.index(index)]
 
-    def _bind_fixed(self, plan: Plan) -> None:
-        for index, (site, (out, inputs)) in enumerate(zip(self.sites, self.puppet.scales(plan.u), strict=True)):
-            computed = torch.tensor(plan.kept[site.name])
+    def _bind_size(self, plan: Plan | None) -> None:
+        """Binds a plan, or (None) every unit with the amplitudes of lambda = 0."""
+        for index, (site, (out, inputs)) in enumerate(
+            zip(self.sites, self.puppet.scales(0.0 if plan is None else plan.u), strict=True)
+        ):
+            computed = torch.arange(site.units) if plan is None else torch.tensor(plan.kept[site.name])
             gate = None if out is None else out[computed.to(out.device)]
             if len(computed) == site.units and gate is None and inputs is None:
                 self._unbind(index)
             else:
                 self._bind(index, SitePass(computed, gate, None, inputs))
+        self.bound = True
 
     def _unbind(self, index: int) -> None:
         site = self.sites[index]
@@ -288,60 +319,3 @@ def sub_layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 def with_sub_layer_input(args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> tuple[Any, dict[str, Any]]:
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
-
-
-def gather_site(
-    model: nn.Module, site: Site, units: Tensor, gate: Tensor | None
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weights and biases of a site restricted to some units: leaf name -> (weight, bias). Differentiable.
-
-    Args:
-        units: ``(K,)`` int64 unit indices, sorted.
-        gate: ``(K,)`` factors of the units' outputs, folded into the consumer's columns; None: 1.
-    """
-    # A leaf that keeps all its features unscaled computes with its own weights: nothing to copy, nothing to scatter.
-    whole = len(units) == site.units
-    gathered_leaves = [leaf for leaf in site.leaves if not whole or (leaf.role == "out" and gate is not None)]
-    tensors: list[Tensor] = []
-    indices: list[Tensor] = []
-    scales: list[Tensor | None] = []
-    dims: list[int] = []
-    for leaf in gathered_leaves:
-        module = leaf_module(model, leaf)
-        features = leaf.features(units).to(module.weight.device)
-        tensors.append(module.weight)
-        indices.append(features)
-        dims.append(leaf.weight_dim)
-        scales.append(None)
-        if leaf.role == "out" and gate is not None:
-            wide = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-            scales[-1] = gate.to(wide).repeat_interleave(leaf.features_per_unit)
-        if leaf.role != "out" and module.bias is not None:
-            tensors.append(module.bias)
-            indices.append(features)
-            dims.append(0)
-            scales.append(None)
-    gathered = iter(ops.gather_rows(tensors, indices, scales, dims) if tensors else ())
-    result: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for leaf in site.leaves:
-        module = leaf_module(model, leaf)
-        weight, bias = module.weight, module.bias
-        if leaf in gathered_leaves:
-            weight = next(gathered)
-            if leaf.role != "out" and bias is not None:
-                bias = next(gathered)
-        result[leaf.name] = (weight, bias)
-    return result
-
-
-def patch_leaf(module: nn.Linear | Conv1D) -> None:
-    """Gives a leaf a binding and the forward that honours it."""
-    module.__dict__["_ppnet_binding"] = binding = Binding()
-    linear = isinstance(module, nn.Linear)
-    binding.features = module.weight.shape[0 if linear else 1]
-    module.__dict__["forward"] = MethodType(linear_forward if linear else conv1d_forward, module)
-
-
-def unpatch_leaf(module: nn.Linear | Conv1D) -> None:
-    module.__dict__.pop("_ppnet_binding", None)
-    module.__dict__.pop("forward", None)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppnet.binding import gather_site
 from ppnet.gates.draw import generator
 from ppnet.units import Site
 
@@ -133,8 +134,6 @@ def _unit_outputs(
     dropped: DroppedUnits, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """The sub-layer's own forward on the dropped units: (their outputs ``(B, T, K * r)``, columns ``(D, K * r)``)."""
-    from ppnet.skip import gather_site
-
     engine, site = dropped.engine, dropped.site
     weights = gather_site(engine.model, site, dropped.units, None)
     saved = [(engine.binding(leaf), engine.binding(leaf).weight, engine.binding(leaf).bias) for leaf in site.leaves]

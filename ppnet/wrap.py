@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ppnet.errors import UnsupportedModelError
+from ppnet.binding import patch_leaf, unpatch_leaf
+from ppnet.errors import PPNetError, UnsupportedModelError
 from ppnet.families import structure_of
 from ppnet.gates import Puppet, PuppetConfig
-from ppnet.skip import Engine, patch_leaf, unpatch_leaf
+from ppnet.skip import Engine
 from ppnet.units import Site, Structure, leaf_module
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,8 +76,12 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     Raises:
         UnsupportedModelError: already gated, already compacted, quantised, with adapters, or of an unknown family. The
             model is unchanged then.
+        PPNetError: `config` is not a `PuppetConfig`, or names an unknown importance.
     """
-    config = config or PuppetConfig()
+    if config is None:
+        config = PuppetConfig()
+    elif not isinstance(config, PuppetConfig):
+        raise PPNetError(f"config: a {type(config).__name__}; give a ppnet.PuppetConfig(...) or None.")
     if is_wrapped(model):
         raise UnsupportedModelError(
             f"model: this {type(model).__name__} is already gated (model.puppet); use it as it is, or call "
@@ -90,6 +95,7 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     host.puppet = puppet
     puppet.train(model.training)
     host.config.ppnet = config.to_dict()
+    host.__dict__.pop("ppnet_plan", None)  # of an earlier compaction: the gates decide anew what stays
     model.register_forward_pre_hook(engine.before_forward)
     model.register_forward_hook(engine.after_forward)
     for index, site in enumerate(structure.sites):

@@ -135,13 +135,14 @@ def bench(
     """
     from ppnet.compact import compact
     from ppnet.evaluate import speed
+    from ppnet.wrap import is_wrapped
 
     _set_threads(threads)
     with quiet_stdout():
         model = load_model(folder, device, dtype)
         workload = _workload(model, prompt, new, batch, rounds)
         measured: list[tuple[str, float | None, Speed]]
-        if hasattr(model, "ppnet_plan"):
+        if not is_wrapped(model) and hasattr(model, "ppnet_plan"):
             if sizes is not None:
                 raise PPNetError(f"sizes: {folder} is compacted already and has one size; leave --sizes out.")
             measured = [("as it is", None, speed(model, **workload))]

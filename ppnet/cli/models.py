@@ -97,11 +97,15 @@ def compact(
     from ppnet.compact import compact as compact_model
     from ppnet.plan import Plan
     from ppnet.size import plan as make_plan
+    from ppnet.size import refuse_options
 
     if (size is None) == (plan is None):
         raise typer.BadParameter("give either --size or --plan", param_hint="--size")
     check_output(out, force)
     multiples = parse_multiple_of(multiple_of)
+    if plan is not None:
+        rounding = {} if multiples is None else {"multiple-of": multiples}
+        refuse_options("--plan is given", metric=metric, of=of, **rounding)
     decided = Plan.load(plan) if plan is not None else None
     wanted = parse_size(size) if size is not None else None
     with quiet_stdout():

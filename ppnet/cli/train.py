@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from ppnet.train import PuppetTrainer
 
 DENSE = "dense"  # subfolder of the dense phase
+# How gates train, not what they are: these options may change when gates are trained further.
+CHANGEABLE = (
+    "gate_gradient", "sampled_fraction", "dense_fraction", "lambda_distribution", "lambda_rate", "u_max",
+    "lambda_warmup", "penalty", "distill", "distill_temperature", "gate_lr", "decay_gates", "seed",
+)  # fmt: skip
 
 
 def train(
@@ -37,7 +43,9 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoints and, at the end, of the model with gates.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps with gates.")] = 1000,
     dense_steps: Annotated[int, typer.Option(help="Optimizer steps without gates before that.")] = 0,
-    preset: Annotated[str, typer.Option(help="Form of the gates: default or paper.")] = "default",
+    preset: Annotated[
+        str | None, typer.Option(help="Form of the gates, default or paper; if not given: default.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of the weights.")] = 3e-4,
     gate_lr: Annotated[float | None, typer.Option(help="Learning rate of the gates; default 0.03")] = None,
     batch: Annotated[int, typer.Option(help="Sequences per device and micro-step.")] = 8,
@@ -65,8 +73,14 @@ def train(
     """Train gates and weights together, so that the model works at every size.
 
     Example:  ppnet train models/llama --data train.txt --out puppet --steps 2000
+    A model folder with gates is trained further: its gates keep their form.
+
     Example:  ppnet train config.json --tokenizer models/llama --data train.txt --out puppet --dense-steps 3000
     """
+    from ppnet.gates import PuppetConfig
+    from ppnet.train import text_blocks
+    from ppnet.wrap import is_wrapped, wrap
+
     for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("save-steps", save_steps)):
         if value < 1:
             raise PPNetError(f"{name}: must be at least 1, got {value}.")
@@ -79,11 +93,12 @@ def train(
         check_output(out, force)
     words_folder = tokenizer or (source if source.is_dir() else source.parent)
     with quiet_stdout():
-        config = _puppet_config(preset, gate_lr, distill, seed, options)
+        given = _gate_options(preset, gate_lr, distill, seed, options)
+        config = PuppetConfig(**given)
         words = load_tokenizer(words_folder)
         model = _model(source, seed, place(device))
-        from ppnet.train import text_blocks
-
+        if is_wrapped(model):
+            _train_further(model, source, given, dense_steps)
         blocks = text_blocks(list(data), words, length, separator=separator, max_tokens=max_tokens, model=model)
         if not resume:
             _remove_old_checkpoints(out)
@@ -95,9 +110,7 @@ def train(
         dense_loss = None
         if dense_steps:
             model, dense_loss = _dense_phase(model, words, blocks, out / DENSE, dense_steps, arguments, resume)
-        if not hasattr(model, "puppet"):
-            from ppnet.wrap import wrap
-
+        if not is_wrapped(model):
             wrap(model, config)
         trainer, loss = _run(model, words, blocks, out, steps, arguments, resume)
         trainer.save_model(str(out))
@@ -107,14 +120,16 @@ def train(
     show(result, json, *lines, "gates: " + ", ".join(gates), f"next: ppnet report {out} --data valid.txt --out report")
 
 
-def _puppet_config(
-    preset: str, gate_lr: float | None, distill: float | None, seed: int, options: list[str] | None
-) -> Any:
+def _gate_options(
+    preset: str | None, gate_lr: float | None, distill: float | None, seed: int, options: list[str] | None
+) -> dict[str, Any]:
+    """The options of `PuppetConfig` that were given."""
     import json
 
     from ppnet.gates import PuppetConfig
 
-    values: dict[str, Any] = {"preset": preset, "gate_lr": gate_lr, "distill": distill, "seed": seed}
+    named = {"preset": preset, "gate_lr": gate_lr, "distill": distill, "seed": seed}
+    values: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     allowed = sorted(PuppetConfig.__dataclass_fields__)
     for pair in options or []:
         name, found, text = pair.partition("=")
@@ -125,7 +140,23 @@ def _puppet_config(
         except json.JSONDecodeError:
             value = text  # a word
         values[name] = tuple(value) if isinstance(value, list) else value
-    return PuppetConfig(**values)
+    return values
+
+
+def _train_further(model: Any, source: Path, given: dict[str, Any], dense_steps: int) -> None:
+    """Applies the options that may change to a model that has gates.
+
+    Raises:
+        PPNetError: dense steps, or options of the gates' form.
+    """
+    advice = "leave it out to train the gates further, or start from the dense model (ppnet.unwrap takes gates off)."
+    if dense_steps:
+        raise PPNetError(f"dense-steps: {dense_steps}, but {source} has gates already; {advice}")
+    form = [name for name in given if name not in CHANGEABLE]
+    if form:
+        raise PPNetError(f"{', '.join(form)}: the gates of {source} keep the form they were trained in; {advice}")
+    model.puppet.config = replace(model.puppet.config, **given)
+    model.config.ppnet = model.puppet.config.to_dict()
 
 
 def _model(source: Path, seed: int, device: str) -> Any:
@@ -136,12 +167,15 @@ def _model(source: Path, seed: int, device: str) -> Any:
         raise CheckpointError(f"source: {source} does not exist; give a model folder or a config.json.")
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+    set_seed(seed)
     try:
         config = AutoConfig.from_pretrained(str(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"source: {source} is not a model config ({str(error).splitlines()[0]}).") from error
-    set_seed(seed)
-    return AutoModelForCausalLM.from_config(config).to(device)
+        if hasattr(config, "ppnet"):  # of a folder with gates, whose weights are not used
+            del config.ppnet
+        model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # validators and constructors refuse values with many exception types
+        raise CheckpointError(f"source: {source} is not a model config that works ({error}).") from error
+    return model.to(device)
 
 
 def _remove_old_checkpoints(out: Path) -> None:

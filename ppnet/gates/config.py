@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from ppnet.errors import PPNetError
@@ -12,6 +14,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "hierarchy": ("independent", "pooled"),
     "gate_gradient": ("sampled", "exact"),
     "lambda_distribution": ("exponential", "uniform_u"),
+}
+# annotation -> (what is accepted, what it is stored as, in words)
+_TYPES: dict[str, tuple[type, type, str]] = {
+    "int": (Integral, int, "an integer"),
+    "float": (Real, float, "a finite number"),
+    "bool": (bool, bool, "True or False"),
+    "str": (str, str, "a string"),
 }
 
 
@@ -53,7 +62,7 @@ class PuppetConfig:
         seed: seed of the counter-based draws of lambda, masks and token samples.
 
     Raises:
-        PPNetError: a value outside what is allowed.
+        PPNetError: a value of another type, or outside what is allowed.
     """
 
     preset: str = "default"
@@ -105,12 +114,12 @@ class PuppetConfig:
     }
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.preset not in self.PRESETS:
             raise PPNetError(f"preset: {self.preset!r} is not known; use one of {', '.join(self.PRESETS)}.")
         for name, value in self.PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self.kinds = tuple(self.kinds)
         if not self.kinds or any(kind not in KINDS for kind in self.kinds):
             raise PPNetError(f"kinds: {self.kinds!r} must name at least one of {KINDS}.")
         for name, allowed in _CHOICES.items():
@@ -130,6 +139,20 @@ class PuppetConfig:
         self._check_range("lambda_warmup", self.lambda_warmup >= 0, ">= 0")
         self._check_range("gate_lr", self.gate_lr is None or self.gate_lr >= 0, ">= 0")
         self._check_range("align", self.align >= 1, ">= 1")
+
+    def _check_types(self) -> None:
+        for field in fields(self):
+            value, (annotation, _, none) = getattr(self, field.name), str(field.type).partition(" | ")
+            if annotation not in _TYPES or (value is None and none):
+                continue
+            accepted, stored, words = _TYPES[annotation]
+            wrong = not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool)
+            if wrong or (stored is float and not math.isfinite(value)):
+                raise PPNetError(f"{field.name}: {value!r} must be {words}{' or None' if none else ''}.")
+            setattr(self, field.name, stored(value))
+        if not isinstance(self.kinds, list | tuple):
+            raise PPNetError(f"kinds: {self.kinds!r} is a {type(self.kinds).__name__}; give a tuple, e.g. ('neuron',).")
+        self.kinds = tuple(self.kinds)
 
     def _check_range(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

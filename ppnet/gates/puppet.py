@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
 from ppnet.gates.spline import basis
 from ppnet.plan import Plan, make_plan
 from ppnet.units import Structure, leaf_module
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 
 class Puppet(nn.Module):
@@ -65,6 +68,7 @@ class Puppet(nn.Module):
         self._tokens = 1_000_000
         self._draw_count: int | None = None
         self._read: tuple[int | None, Tensor] | None = None
+        self._modules_read: list[nn.Linear | Conv1D] | None = None
         device = next(model.parameters()).device
         sites, units, n = len(structure.sites), structure.total_units, config.control_points
         kinds = sorted({site.kind for site in structure.sites})
@@ -173,11 +177,13 @@ class Puppet(nn.Module):
 
     def weight_versions(self) -> tuple[tuple[int, int], ...]:
         """Identity and in-place version of all that a fixed size is gathered from: equal only while nothing changed."""
-        tensors: list[Tensor] = list(self.parameters())
-        for site in self.structure.sites:
-            for leaf in site.leaves:
-                module = leaf_module(self.root, leaf)
-                tensors += [module.weight] if module.bias is None else [module.weight, module.bias]
+        # Modules are looked up once: a forward at a fixed size asks for the versions every time.
+        if self._modules_read is None:
+            leaves = [leaf for site in self.structure.sites for leaf in site.leaves]
+            self._modules_read = [leaf_module(self.root, leaf) for leaf in leaves]
+        tensors: list[Tensor] = list(self._parameters.values())  # type: ignore[arg-type]
+        for module in self._modules_read:
+            tensors += [module.weight] if module.bias is None else [module.weight, module.bias]
         return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
 
     @torch.no_grad()
@@ -282,9 +288,14 @@ class Puppet(nn.Module):
                 result[f"keep_{kind}_at_1"] = float(rho[of_kind.to(rho.device)[self.site_of_unit]].mean())
         return result
 
+    @property
+    def dense_is_plain(self) -> bool:
+        """Whether the model at lambda = 0 is the plain model: amplitudes are exactly 1 there, or there are none."""
+        return bool(self.config.pin_dense) or not self.config.amplitudes
+
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """Forwards inside are dense: no gates, no draw, lambda = 0."""
+        """Forwards inside are dense: lambda = 0, no draw, whatever size is set."""
         engine = self.root.__dict__["_ppnet_engine"]
         before = engine.force_dense
         engine.force_dense = True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ppnet.errors import DataError
+from ppnet.evaluate.model_state import context_of
 
 IGNORED = -100
 _DOCUMENTS_PER_BATCH = 256
@@ -78,16 +79,19 @@ def text_blocks(
         pack: True: documents, each followed by the end-of-sequence token, are joined and cut into full blocks. False:
             each document begins its own block (long ones go on in further blocks); blocks are padded at the end.
         bos: puts the beginning-of-sequence token before every document.
-        model: if given, ids are checked against its vocabulary (`check_vocabulary`).
+        model: if given, `length` is checked against its context, and ids against its vocabulary (`check_vocabulary`).
         max_tokens: stop reading after this many tokens (needed for endless iterables); None: read all.
         progress: show a bar with the remaining time if reading takes longer than 2 seconds.
 
     Raises:
         DataError: a file is missing or not UTF-8, the source is empty, of an unknown type or shorter than one block, a
-            special token is missing, or an id is outside the model's vocabulary.
+            special token is missing, `length` is above the model's context, or an id is outside its vocabulary.
     """
     if length < 2:
         raise DataError(f"length: {length!r} must be >= 2, so that a block holds at least one prediction.")
+    context = None if model is None else context_of(model)
+    if context is not None and length > context:
+        raise DataError(f"length: {length:,} tokens are more than the model's context of {context:,}; give at most that.")
     if isinstance(source, Tensor | np.ndarray):
         documents: Iterator[np.ndarray] = iter([_checked_ids(source)])
         join_with = None

@@ -22,6 +22,7 @@ from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
 from ppnet.train.data import TextBlocks
 from ppnet.train.objective import distillation_loss, mark_updated, param_groups, shift_labels
+from ppnet.wrap import engine_of
 
 _DIVERGED_ADVICE = "lower the learning rate, lengthen the warm-up or set max_grad_norm, then resume from it"
 
@@ -101,6 +102,8 @@ class PuppetTrainerMixin(CheckpointMixin):
                 f"model: gates do not work under nn.DataParallel ({self.args.n_gpu} GPUs in one process); start one "
                 "process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
+        if self.args.world_size > 1 and self.puppet is not None:
+            refuse_distributed(self.puppet, bool(self.args.gradient_checkpointing))
         self._micro_losses: list[Tensor] = []
         self._last_loss = math.nan
         self._terms: dict[str, list[Tensor]] = {}
@@ -124,7 +127,8 @@ class PuppetTrainerMixin(CheckpointMixin):
         puppet.clear()
         share = float(puppet.config.distill)
         # Before the gated pass: activation checkpointing recomputes that one with the gates that are bound last.
-        teacher = self._dense_logits(model, inputs) if share > 0 and self.puppet.next_lambda() > 0 else None
+        gated = engine_of(puppet.root).fixed is not None or puppet.next_lambda() > 0
+        teacher = self._dense_logits(model, inputs) if share > 0 and gated else None
         # The Trainer may take the labels out of the dictionary that it is given.
         result = super().compute_loss(model, dict(inputs), return_outputs or share > 0, num_items_in_batch, **kwargs)
         nll, outputs = result if isinstance(result, tuple) else (result, None)
@@ -270,6 +274,25 @@ class PuppetTrainer(PuppetTrainerMixin, Trainer):
     """`transformers.Trainer` with `PuppetTrainerMixin`. Arguments are the Trainer's; see `default_arguments`."""
 
 
+def refuse_distributed(puppet: Any, checkpointing: bool, callback: bool = False) -> None:
+    """Several processes: gates get a gradient only in passes with lambda > 0, and outside the forward through the prior
+    and the callback's penalty; DistributedDataParallel then fails in the middle of a step.
+
+    Raises:
+        TrainingError: a combination that is known to fail.
+    """
+    for option, problem in (
+        ("gradient_checkpointing=True", checkpointing),
+        ('PuppetConfig(hierarchy="pooled")', puppet.config.hierarchy == "pooled"),
+        ("PuppetCallback", callback),
+    ):
+        if problem:
+            raise TrainingError(
+                f"{option} does not work with gates on several processes; use PuppetTrainer with "
+                'gradient_checkpointing=False and hierarchy="independent" there, or one process.'
+            )
+
+
 class PuppetCallback(TrainerCallback):
     """Adds the gates' cost penalty to any trainer whose loss ppnet does not own (GRPO, DPO, ...).
 
@@ -294,6 +317,8 @@ class PuppetCallback(TrainerCallback):
             raise TrainingError(
                 "PuppetCallback: the model has no gates; call ppnet.wrap(model, config) before training."
             )
+        if args.world_size > 1:
+            refuse_distributed(puppet, bool(args.gradient_checkpointing), callback=True)
         self.puppet = puppet
         puppet.set_tokens(self.tokens if self.tokens is not None else self._measure(args, state, kwargs))
         puppet.clear()
