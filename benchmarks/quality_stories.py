@@ -49,6 +49,7 @@ def main():
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--gate-lr", type=float, default=None)
     parser.add_argument("--distill", type=float, default=None)
+    parser.add_argument("--lambda-distribution", default=PuppetConfig().lambda_distribution)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--valid-characters", type=int, default=200_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality_stories.json")
@@ -69,7 +70,10 @@ def main():
         tuned = copy.deepcopy(original).train()
         train(tuned, blocks, options, seed, "/tmp/ppnet-stories")
         rows["fine-tuned"].append(nll(tuned.eval(), tokenizer, valid))
-        model = wrap(copy.deepcopy(original), PuppetConfig(seed=seed, distill=options.distill)).train()
+        model = wrap(
+            copy.deepcopy(original),
+            PuppetConfig(seed=seed, distill=options.distill, lambda_distribution=options.lambda_distribution),
+        ).train()
         rows["seconds"].append(train(model, blocks, options, seed, "/tmp/ppnet-stories"))
         for fraction in FRACTIONS:
             with resize(model.eval(), fraction, of="gated"):

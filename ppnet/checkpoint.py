@@ -114,8 +114,8 @@ def load(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         else:
             del model.config.ppnet
             warnings.warn(
-                f"{path / CONFIG_FILE} has options of gates, but the gates were not saved: the model comes without them. "
-                "To keep gates, load with ppnet.load (not AutoModel) before saving.",
+                f"{path / CONFIG_FILE} has options of gates, but the gates were not saved: the model comes without "
+                "them. To keep gates, load with ppnet.load (not AutoModel) before saving.",
                 stacklevel=2,
             )
     if (path / PLAN_FILE).exists():

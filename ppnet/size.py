@@ -271,7 +271,7 @@ class Resized:
         return f"Resized({self.plan.cost.of(self.plan.metric):,} {self.plan.metric}, {share:.4f} of dense)"
 
 
-def refuse_options(reason: str, **options: Any) -> None:
+def refuse_options(reason: str, /, **options: Any) -> None:
     """Refuses options of `plan` where no plan is made from a size.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from helpers import MODEL_TYPES, tiny
 from plans import batch, logits, plan_of, random_plan
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
 import ppnet
 from ppnet.checkpoint import load, save
@@ -61,8 +61,7 @@ def test_gated_model_round_trip(model_type, preset, tmp_path, caplog):
     assert ppnet.plan(reloaded, 0.8).kept == plan.kept
     assert torch.equal(logits(compact(reloaded, plan), batch()), logits(compact(model, plan), batch()))
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
-    with model.puppet.dense():
-        assert torch.equal(logits(dense, batch()), logits(model, batch()))
+    assert torch.equal(logits(dense, batch()), logits(ppnet.unwrap(model), batch()))
 
 
 def test_sharded_gated_and_dense_models(tmp_path):
@@ -235,3 +234,108 @@ def test_damaged_shards_and_plans(tmp_path):
     random_plan(tiny("mistral")).save(tmp_path / "small" / "ppnet_plan.json")
     with pytest.raises(CheckpointError, match="made for 'mistral', the model is a 'llama'"):
         load(tmp_path / "small")
+
+
+# ---- gates that were left behind -------------------------------------------------------------------------------------
+
+
+def assert_loads_without_gates(path, expected):
+    with pytest.warns(UserWarning, match=r"config\.json has options of gates, but the gates were not saved") as caught:
+        model = load(path)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert not hasattr(model, "puppet") and not hasattr(model.config, "ppnet")
+    assert torch.equal(logits(model, batch()), logits(expected, batch()))
+    return model
+
+
+def test_a_gated_folder_saved_without_its_gates(folder, tmp_path, recwarn):
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain.save_pretrained(tmp_path / "plain")
+    assert_loads_without_gates(tmp_path / "plain", plain)
+    set_seed(0)
+    fresh = type(plain)(load(folder).config).eval()
+    save(fresh, tmp_path / "fresh")
+    model = assert_loads_without_gates(tmp_path / "fresh", fresh)
+    recwarn.clear()
+    save(model, tmp_path / "again")
+    load(tmp_path / "again")
+    assert not [warning for warning in recwarn if "gates" in str(warning.message)]
+
+
+@pytest.mark.parametrize("shape", ["stock", "shipped", "dense"])
+def test_a_gated_folder_compacted_without_its_gates(folder, tmp_path, shape, recwarn):
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plans = {
+        "stock": lambda: plan_of(plain, lambda site: range(3 if site.kind == "neuron" else site.units)),
+        "shipped": lambda: random_plan(plain),
+        "dense": lambda: plan_of(plain, lambda site: range(site.units)),
+    }
+    small = compact(plain, plans[shape]())
+    assert (type(small) is type(plain)) == (shape != "shipped")
+    assert hasattr(plain.config, "ppnet") and not hasattr(small.config, "ppnet")
+    recwarn.clear()
+    save(small, tmp_path / "small")
+    reloaded = load(tmp_path / "small")
+    assert not [warning for warning in recwarn if "gates" in str(warning.message)]
+    assert torch.equal(logits(reloaded, batch()), logits(small, batch())) and reloaded.ppnet_plan == small.ppnet_plan
+
+
+def test_a_compacted_folder_never_gets_gates(folder, tmp_path):
+    small = compact(load(folder), random_plan(tiny("llama")))
+    save(small, tmp_path / "small")
+    options = json.loads((folder / "config.json").read_text())["ppnet"]
+    edit(tmp_path / "small" / "config.json", lambda config: config.update(ppnet=options))
+    assert_loads_without_gates(tmp_path / "small", small)
+
+
+def test_gating_a_compacted_model_forgets_its_plan(tmp_path):
+    small = compact(tiny("mistral"), plan_of(tiny("mistral"), lambda site: range(3)))
+    ppnet.wrap(small)
+    save(small, tmp_path / "gated")
+    assert not hasattr(small, "ppnet_plan") and not (tmp_path / "gated" / "ppnet_plan.json").exists()
+    assert ppnet.inspect(load(tmp_path / "gated")).gated
+
+
+# ---- damaged configs, odd folders ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entries, words",
+    [
+        ({"hidden_size": "wide"}, "hidden_size.* expected int"),
+        ({"hidden_size": 33}, "not a multiple"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "nonsense"}, "nonsense"),
+        ({"dtype": "florp"}, "florp"),
+        ({"vocab_size": -1}, "negative dimension"),
+    ],
+)
+def test_configs_that_describe_no_model(folder, entries, words):
+    edit(folder / "config.json", lambda config: config.update(entries))
+    with pytest.raises(CheckpointError, match=rf"(?s)config\.json does not describe a LlamaForCausalLM .*{words}"):
+        load(folder)
+
+
+def test_architectures_that_are_no_list(folder):
+    edit(folder / "config.json", lambda config: config.update(architectures=7))
+    with pytest.raises(CheckpointError, match="names the class 7 under architectures"):
+        load(folder)
+
+
+def test_saving_through_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for model in (tiny("llama"), gated("llama")):
+        save(model, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and not (tmp_path / "disk" / "model").is_symlink()
+        assert hasattr(load(tmp_path / "disk" / "model"), "puppet") == hasattr(model, "puppet")
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", [".", "../here"])
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="is the current working directory, which saving would replace"):
+        save(tiny("llama"), name)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["here"] and not list((tmp_path / "here").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -158,6 +159,69 @@ def test_wrong_training_requests(refused, folders, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert "not a model config" in refused(*config, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_gates_are_trained_further(ok, refused, folders, tmp_path):
+    stored = json.loads((folders["puppet"] / "config.json").read_text())["ppnet"]
+    command = (
+        "train", folders["puppet"], "--data", folders["text"], "--out", tmp_path / "out", "--length", 32, "--batch", 2,
+        "--steps", 1, "--device", "cpu",
+    )  # fmt: skip
+    dense = refused(*command, "--dense-steps", 2)
+    assert "dense-steps: 2" in dense and "has gates already" in dense and "leave it out" in dense
+    for option in (("--preset", "paper"), ("--preset", "default"), ("--set", "temperature=1"), ("--set", "align=4")):
+        message = refused(*command, *option)
+        name = option[1].partition("=")[0] if option[0] == "--set" else "preset"
+        assert f"error: {name}: the gates of" in message and "start from the dense model" in message
+    assert not (tmp_path / "out").exists()
+    ok(*command, "--distill", 0, "--gate-lr", 0.2, "--set", "lambda_rate=2", "--seed", 3)
+    further = json.loads((tmp_path / "out" / "config.json").read_text())["ppnet"]
+    assert further == {**stored, "distill": 0.0, "gate_lr": 0.2, "lambda_rate": 2.0, "seed": 3}
+
+
+def test_a_config_of_a_gated_model_starts_from_scratch(ok, folders, tmp_path):
+    out = tmp_path / "out"
+    ok(
+        "train", folders["puppet"] / "config.json", "--data", folders["text"], "--out", out, "--length", 32,
+        "--batch", 2, "--steps", 1, "--dense-steps", 1, "--preset", "paper", "--device", "cpu",
+    )  # fmt: skip
+    assert "ppnet" not in json.loads((out / "dense" / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text())["ppnet"]["preset"] == "paper"
+
+
+def test_a_damaged_config_is_named(refused, folders, tmp_path):
+    shutil.copytree(folders["dense"], tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "wide"}))
+    data = ("--data", folders["text"])
+    for command in (
+        ("inspect", file.parent),
+        ("eval", file.parent, *data),
+        ("train", file.parent, *data, "--out", tmp_path / "out"),
+        ("train", file, *data, "--out", tmp_path / "out"),
+    ):
+        message = refused(*command)
+        assert str(file) in message and "hidden_size" in message
+
+
+def test_training_length_fits_the_context(refused, folders, tmp_path):
+    message = refused("train", folders["dense"], "--data", folders["text"], "--out", tmp_path / "out")
+    assert "length: 256 tokens are more than the model's context of 64" in message
+
+
+def test_a_plan_leaves_nothing_to_choose(ok, refused, folders, tmp_path):
+    ok("resize", folders["puppet"], "--size", 0.5, "--out", tmp_path / "plan.json")
+    command = ("compact", folders["puppet"], "--plan", tmp_path / "plan.json", "--out", tmp_path / "small")
+    for name, value in (("metric", "flops"), ("of", "gated"), ("multiple-of", "neuron=4")):
+        assert f"{name}: only used to make a plan from a size; --plan is given" in refused(*command, f"--{name}", value)
+    assert not (tmp_path / "small").exists()
+
+
+def test_bench_sizes_a_gated_model_beside_an_old_plan(ok, folders, tmp_path):
+    shutil.copytree(folders["puppet"], tmp_path / "model")
+    ok("resize", folders["puppet"], "--size", 1.0, "--out", tmp_path / "model" / "ppnet_plan.json")
+    made = ok("bench", tmp_path / "model", "--sizes", 0.5, "--prompt", 8, "--new", 4, "--rounds", 1)
+    assert made["rows"][0]["size"] == 0.5
 
 
 def test_nothing_is_overwritten_unasked(refused, ok, folders, tmp_path):

@@ -20,12 +20,12 @@ PUPPET = wrap(tiny("llama")).puppet
 
 def lambdas(count, progress=0, **options):
     config = PuppetConfig(**options)
-    return [draw_lambda(config, progress, generator(config.seed, number)) for number in range(count)]
+    return [draw_lambda(config, progress, generator(config.seed, number), lambda size: 0.0) for number in range(count)]
 
 
-@pytest.mark.parametrize("preset, mean", [("default", 1.0), ("paper", 1 / 0.3)])
+@pytest.mark.parametrize("preset, mean", [("default", 2.0), ("paper", 1 / 0.3)])
 def test_lambda_is_dense_in_a_third_of_passes_else_exponential(preset, mean):
-    drawn = lambdas(6000, preset=preset)
+    drawn = lambdas(6000, preset=preset, lambda_distribution="exponential")
     positive = [value for value in drawn if value > 0]
     dense = len(drawn) - len(positive)
     assert abs(dense - 2000) < 4 * math.sqrt(6000 * 2 / 9)
@@ -36,6 +36,22 @@ def test_lambda_is_dense_in_a_third_of_passes_else_exponential(preset, mean):
 def test_lambda_uniform_in_u():
     drawn = lambdas(3000, lambda_distribution="uniform_u", u_max=0.8, dense_fraction=0.0)
     assert stats.kstest([value / (1 + value) for value in drawn], stats.uniform(scale=0.8).cdf).pvalue > 1e-3
+
+
+def test_uniform_size_draws_every_size_wherever_the_gates_stand():
+    """The expected gated FLOPs at the drawn lambda are uniform on [smallest_size, 1], also when gates hardly close."""
+    model = wrap(tiny("llama"), PuppetConfig(lambda_distribution="uniform_size", smallest_size=0.2, u_max=0.99))
+    puppet = model.puppet
+    for shift in (0.0, -0.7):
+        with torch.no_grad():
+            puppet.theta.add_(shift)
+        kept = []
+        for _ in range(400):
+            coming = puppet.next_lambda()
+            assert puppet.draw().u == pytest.approx(coming / (1 + coming))
+            if coming > 0:
+                kept.append(float(puppet.mean_inclusion(puppet.inclusion(coming / (1 + coming)))))
+        assert stats.kstest(kept, stats.uniform(0.2, 0.8).cdf).pvalue > 1e-3
 
 
 def test_lambda_warm_up_scales_linearly():
@@ -167,7 +183,7 @@ def test_presets_and_explicit_arguments():
             r"lambda_distribution: 'normal' is not known; use one of exponential, uniform_u",
         ),
         ("temperature", 0.0, r"temperature: 0\.0 must be > 0"),
-        ("temperature", math.nan, r"temperature: nan must be > 0"),
+        ("temperature", math.nan, r"temperature: nan must be a finite number"),
         ("degree", 0, r"degree: 0 must be >= 1"),
         ("control_points", 3, r"control_points: 3 must be > degree \(3\)"),
         ("sampled_fraction", 0.0, r"sampled_fraction: 0\.0 must be in \(0, 1\]"),
@@ -178,7 +194,7 @@ def test_presets_and_explicit_arguments():
         ("u_max", 1.0, r"u_max: 1\.0 must be in \(0, 1\)"),
         ("lambda_warmup", -1, r"lambda_warmup: -1 must be >= 0"),
         ("penalty", -0.5, r"penalty: -0\.5 must be >= 0"),
-        ("penalty", math.nan, r"penalty: nan must be >= 0"),
+        ("penalty", math.nan, r"penalty: nan must be a finite number"),
         ("distill", 1.5, r"distill: 1\.5 must be in \[0, 1\]"),
         ("distill_temperature", 0.0, r"distill_temperature: 0\.0 must be > 0"),
         ("pooled_scale", 0.0, r"pooled_scale: 0\.0 must be > 0"),

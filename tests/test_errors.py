@@ -145,6 +145,53 @@ def test_an_unknown_importance_stops_before_the_model_is_touched():
     ppnet.wrap(model)
 
 
+@pytest.mark.parametrize("config", [{}, {"penalty": 1.0}, "paper"])
+def test_options_that_are_no_config(config):
+    model = tiny("llama")
+    with refused(model, PPNetError, rf"config: a {type(config).__name__}; give a ppnet\.PuppetConfig"):
+        ppnet.wrap(model, config)
+
+
+# ---- options of gates ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("control_points", 10.0, "an integer"),
+        ("align", "8", "an integer"),
+        ("seed", True, "an integer"),
+        ("seed", None, "an integer"),
+        ("penalty", math.inf, "a finite number or None"),
+        ("temperature", math.nan, "a finite number"),
+        ("gate_lr", "fast", "a finite number or None"),
+        ("distill", True, "a finite number or None"),
+        ("lambda_rate", [0.5], "a finite number or None"),
+        ("amplitudes", 1, "True or False"),
+        ("pin_dense", "no", "True or False or None"),
+        ("preset", ["paper"], "a string"),
+        ("importance", 3, "a string or None"),
+        ("hierarchy", None, "a string"),
+    ],
+)
+def test_options_of_another_type(name, value, allowed):
+    with pytest.raises(PPNetError) as error:
+        PuppetConfig(**{name: value})
+    assert str(error.value) == f"{name}: {value!r} must be {allowed}."
+
+
+@pytest.mark.parametrize("kinds", ["neuron", 3, None])
+def test_kinds_are_a_tuple(kinds):
+    with pytest.raises(PPNetError, match=r"kinds: .* is a (str|int|NoneType); give a tuple, e\.g\. \('neuron',\)"):
+        PuppetConfig(kinds=kinds)
+
+
+def test_numbers_of_other_libraries_are_stored_as_pythons_own():
+    config = PuppetConfig(seed=torch.arange(3).numpy()[2], penalty=torch.ones(1).numpy()[0], temperature=1)
+    assert config == PuppetConfig(seed=2, penalty=1.0, temperature=1.0)
+    assert PuppetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 DENSE = sum(p.numel() for p in tiny("llama").parameters())
@@ -204,6 +251,7 @@ def test_sizes_that_cannot_be_met(build, call):
         ),
         ({"multiple_of": {"neuron": 0}}, PlanError, r"multiple_of: \{'neuron': 0\} must map .* to an integer >= 1"),
         ({"multiple_of": {"neuron": 8.0}}, PlanError, r"multiple_of: \{'neuron': 8\.0\} must map"),
+        ({"scores": "stranger"}, PlanError, r"scores: \['layers\.9\.neuron'\] are no sites of this model"),
         ({"scores": {}}, PlanError, r"scores: no entry for site 'layers\.0\.kv_group'; give one score per unit"),
         ({"scores": "short"}, PlanError, r"scores: 'layers\.2\.neuron' needs 44 finite scores, got 43 values"),
         ({"scores": "nan"}, PlanError, r"scores: 'layers\.2\.neuron' needs 44 finite scores"),
@@ -214,10 +262,48 @@ def test_options_of_sizes(build, call, options, error, message):
     if isinstance(options.get("scores"), str):
         scores = {site.name: torch.ones(site.units) for site in ppnet.inspect(model).structure.sites}
         last = scores["layers.2.neuron"]
-        scores["layers.2.neuron"] = last[:43] if options["scores"] == "short" else last * math.nan
+        if options["scores"] == "stranger":
+            scores["layers.9.neuron"] = last
+        else:
+            scores["layers.2.neuron"] = last[:43] if options["scores"] == "short" else last * math.nan
         options = {"scores": scores}
     with refused(model, error, message):
         call(model, 0.6, **options)
+
+
+@pytest.mark.parametrize("options", [{"metric": "flops"}, {"of": "gated"}, {"multiple_of": {"neuron": 8}}, {"foo": 3}])
+def test_options_beside_a_plan_are_refused(options):
+    model = gated()
+    (name,) = options
+    for size, reason in ((ppnet.plan(model, 0.5), "size is already a Plan"), (None, "size=None resets")):
+        ppnet.resize(model, 0.7)
+        with refused(model, PPNetError, rf"^{name}: only used to make a plan from a size; {reason}, so leave it out"):
+            ppnet.resize(model, size, **options)
+        ppnet.resize(model, size, "params", of="model")
+
+
+def poisoned(model, name, value):
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("build", [gated, lambda: tiny("llama")], ids=["gates", "magnitude"])
+def test_weights_that_are_not_finite_are_not_ranked(build, value):
+    model = poisoned(build(), "model.layers.1.mlp.up_proj.weight", value)
+    message = r"model: the (gates|weights) of site 'layers\.1\.neuron' cannot be ranked: NaN or infinite for \d+ of 44"
+    for call in (ppnet.plan, ppnet.compact):
+        with pytest.raises(PlanError, match=message):
+            call(model, 0.6)
+
+
+def test_gates_that_are_not_finite_rank_nothing():
+    model = poisoned(gated(), "puppet.theta", math.nan)
+    for call in (lambda m: ppnet.plan(m, 0.6), lambda m: ppnet.resize(m, 0.6), ppnet.size_curve):
+        with pytest.raises(PlanError, match=r"the gates of site 'layers\.2\.neuron' .* 44 of 44 units"):
+            call(model)
+    assert engine_of(model).fixed is None
 
 
 def test_a_size_curve_needs_two_points():

@@ -149,3 +149,11 @@ def test_ids_outside_the_vocabulary(bad: int, shown: str) -> None:
     with pytest.raises(DataError, match="tokenizer does not match"):
         text_blocks(values, None, 2, model=model)
     check_vocabulary(torch.tensor([0, size - 1]), model)
+
+
+def test_blocks_do_not_exceed_the_models_context() -> None:
+    for model_type in ("llama", "gpt2"):
+        model = tiny(model_type)
+        assert len(text_blocks(torch.arange(64), length=64, model=model)) == 1
+        with pytest.raises(DataError, match=r"length: 65 tokens are more than the model's context of 64"):
+            text_blocks(torch.arange(70), length=65, model=model)

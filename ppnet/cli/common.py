@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ppnet.errors import DataError, PPNetError
+from ppnet.errors import CheckpointError, DataError, PPNetError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,7 +176,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none. CheckpointError: the folder's config.json is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -189,6 +189,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise DataError(
             f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer."
         ) from error
+    except Exception as error:  # config.json is read, too, and its validators raise many exception types
+        raise CheckpointError(f"tokenizer: {Path(folder) / 'config.json'} is damaged ({error}); correct it.") from error
 
 
 def achieved(plan: Any) -> dict[str, Any]:

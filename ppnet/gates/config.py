@@ -13,7 +13,7 @@ from ppnet.units import KINDS
 _CHOICES: dict[str, tuple[str, ...]] = {
     "hierarchy": ("independent", "pooled"),
     "gate_gradient": ("sampled", "exact"),
-    "lambda_distribution": ("exponential", "uniform_u"),
+    "lambda_distribution": ("exponential", "uniform_u", "uniform_size"),
 }
 # annotation -> (what is accepted, what it is stored as, in words)
 _TYPES: dict[str, tuple[type, type, str]] = {
@@ -48,9 +48,11 @@ class PuppetConfig:
         sampled_fraction: the fraction of tokens (neurons) or sequences (KV groups) that ``"sampled"`` uses.
         dense_fraction: probability that a training pass is dense (lambda = 0).
         lambda_distribution: ``"exponential"``: lambda ~ Exp(lambda_rate); ``"uniform_u"``: u = lambda / (lambda + 1)
-            uniform on [0, u_max].
+            uniform on [0, u_max]; ``"uniform_size"``: the lambda at which the gates now keep a fraction of the gated
+            FLOPs that is uniform on [smallest_size, 1], so that every size is trained however the gates stand.
         lambda_rate: rate (inverse mean) of the exponential distribution.
-        u_max: upper end of ``"uniform_u"``.
+        u_max: upper end of u in ``"uniform_u"`` and ``"uniform_size"``.
+        smallest_size: lower end of the fractions of ``"uniform_size"``.
         lambda_warmup: optimizer steps over which drawn lambdas are scaled up linearly from 0.
         penalty: weight of the cost penalty lambda * rho_bar(lambda).
         distill: weight in [0, 1] of in-place distillation: gated passes learn from the model's own dense pass.
@@ -82,6 +84,7 @@ class PuppetConfig:
     lambda_distribution: str = "exponential"
     lambda_rate: float | None = None
     u_max: float = 0.9
+    smallest_size: float = 0.05
     lambda_warmup: int = 0
     penalty: float | None = None
     distill: float | None = None
@@ -132,6 +135,7 @@ class PuppetConfig:
         self._check_range("dense_fraction", 0 <= self.dense_fraction < 1, "in [0, 1)")
         self._check_range("lambda_rate", self.lambda_rate is not None and self.lambda_rate > 0, "> 0")
         self._check_range("u_max", 0 < self.u_max < 1, "in (0, 1)")
+        self._check_range("smallest_size", 0 < self.smallest_size < 1, "in (0, 1)")
         self._check_range("distill", self.distill is not None and 0 <= self.distill <= 1, "in [0, 1]")
         self._check_range("distill_temperature", self.distill_temperature > 0, "> 0")
         self._check_range("pooled_scale", self.pooled_scale > 0, "> 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,13 +40,21 @@ def generator(seed: int, number: int, purpose: str = "draw") -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw_lambda(config: PuppetConfig, progress: int, source: torch.Generator) -> float:
-    """lambda of a pass: 0 with probability `dense_fraction`, else from `lambda_distribution`, scaled in the warm-up."""
+def draw_lambda(config: PuppetConfig, progress: int, source: torch.Generator, u_at: Callable[[float], float]) -> float:
+    """lambda of a pass: 0 with probability `dense_fraction`, else from `lambda_distribution`, scaled in the warm-up.
+
+    Args:
+        progress: optimizer steps made.
+        u_at: fraction of the gated FLOPs -> u at which the gates keep it; called under ``"uniform_size"`` only.
+    """
     dense, position = torch.rand(2, generator=source, dtype=torch.float64).tolist()
     if dense < config.dense_fraction:
         return 0.0
     if config.lambda_distribution == "uniform_u":
         u = position * config.u_max
+        lambda_ = u / (1.0 - u)
+    elif config.lambda_distribution == "uniform_size":
+        u = u_at(1.0 - position * (1.0 - config.smallest_size))
         lambda_ = u / (1.0 - u)
     else:
         lambda_ = -math.log1p(-position) / float(config.lambda_rate or 1.0)

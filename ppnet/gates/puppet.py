@@ -227,7 +227,7 @@ class Puppet(nn.Module):
         """Draws lambda and the masks of one training pass and counts it. At lambda = 0 nothing is masked."""
         number = self._next_draw()
         source = generator(self.config.seed, number)
-        lambda_ = draw_lambda(self.config, self.progress, source)
+        lambda_ = draw_lambda(self.config, self.progress, source, self._u_at)
         self._draw_count = number + 1
         drawn = self._draw_at(lambda_, source, number)
         self.draws.fill_(self._draw_count)
@@ -237,7 +237,19 @@ class Puppet(nn.Module):
 
     def next_lambda(self) -> float:
         """lambda that the coming draw will use: draws depend on the seed and their number alone."""
-        return draw_lambda(self.config, self.progress, generator(self.config.seed, self._next_draw()))
+        source = generator(self.config.seed, self._next_draw())
+        return draw_lambda(self.config, self.progress, source, self._u_at)
+
+    @torch.no_grad()
+    def _u_at(self, fraction: float) -> float:
+        """u in (0, u_max] at which the expected fraction of the gated FLOPs is `fraction` (bisection)."""
+        importance = self.importance_curve(nodes=5)
+        low, high = 0.0, self.config.u_max
+        for _ in range(16):
+            middle = 0.5 * (low + high)
+            kept = float(self.mean_inclusion(self.inclusion(middle, importance(middle))))
+            low, high = (middle, high) if kept > fraction else (low, middle)
+        return high
 
     def _next_draw(self) -> int:
         if self._draw_count is None:

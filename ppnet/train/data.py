@@ -91,7 +91,9 @@ def text_blocks(
         raise DataError(f"length: {length!r} must be >= 2, so that a block holds at least one prediction.")
     context = None if model is None else context_of(model)
     if context is not None and length > context:
-        raise DataError(f"length: {length:,} tokens are more than the model's context of {context:,}; give at most that.")
+        raise DataError(
+            f"length: {length:,} tokens are more than the model's context of {context:,}; give at most that."
+        )
     if isinstance(source, Tensor | np.ndarray):
         documents: Iterator[np.ndarray] = iter([_checked_ids(source)])
         join_with = None
