@@ -120,7 +120,7 @@ def test_two_forwards_before_a_backward_without_checkpointing_are_right():
 
 
 def test_the_check_of_a_wrapped_model_does_not_trust_the_slicing(monkeypatch):
-    """A site table with up_proj's rows in the wrong order: masks and slices agree with each other, not with the model."""
+    """With up_proj's rows in the wrong order, masks and slices would agree with each other, not with the model."""
     model = gated().eval()
     structure = model.puppet.structure
     site = structure.sites[1]

@@ -81,7 +81,7 @@ class PuppetConfig:
     gate_gradient: str = "sampled"
     sampled_fraction: float = 0.125
     dense_fraction: float = 1.0 / 3.0
-    lambda_distribution: str = "exponential"
+    lambda_distribution: str | None = None
     lambda_rate: float | None = None
     u_max: float = 0.9
     smallest_size: float = 0.05
@@ -99,6 +99,7 @@ class PuppetConfig:
             "importance": "scale_free",
             "train_importance": False,
             "pin_dense": True,
+            "lambda_distribution": "uniform_size",
             "lambda_rate": 0.5,
             "penalty": 0.5,
             "distill": 0.5,
@@ -109,6 +110,7 @@ class PuppetConfig:
             "importance": "row_norm",
             "train_importance": True,
             "pin_dense": False,
+            "lambda_distribution": "exponential",
             "lambda_rate": 0.3,
             "penalty": 1.0,
             "distill": 0.0,
