@@ -142,3 +142,35 @@ def test_versions_are_read_from_the_present_parameters():
         mlp.up_proj.weight = torch.nn.Parameter(mlp.up_proj.weight * 2)
         assert not torch.equal(model(IDS).logits, before)
     assert resize.plan is engine_of(model).fixed
+
+
+@pytest.mark.parametrize(
+    "options, checkpointing, callback, names",
+    [
+        ({}, True, False, "gradient_checkpointing=True"),
+        ({"hierarchy": "pooled"}, False, False, "pooled"),
+        ({}, False, True, "PuppetCallback"),
+    ],
+)
+def test_what_fails_on_several_processes_is_refused_first(options, checkpointing, callback, names):
+    from ppnet.train.trainer import refuse_distributed
+
+    with pytest.raises(TrainingError, match=names):
+        refuse_distributed(gated(**options).puppet, checkpointing, callback)
+    refuse_distributed(gated().puppet, False)
+
+
+def test_training_at_a_fixed_size_distils_in_every_step(tmp_path):
+    from ppnet.train import PuppetTrainer, default_arguments, text_blocks
+
+    model = gated(distill=0.5).train()
+    ppnet.resize(model, 0.6)
+    blocks = text_blocks(torch.arange(3, 90).repeat(20), length=16)
+    arguments = default_arguments(
+        tmp_path, max_steps=3, logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    trainer = PuppetTrainer(model=model, args=arguments, train_dataset=blocks)
+    trainer.train()
+    logged = [entry["distillation_kl"] for entry in trainer.state.log_history if "distillation_kl" in entry]
+    assert len(logged) == 3 and all(value > 0 for value in logged)
+    assert int(model.puppet.draws) == 0
