@@ -171,7 +171,7 @@ def test_evaluation_is_dense(tmp_path: Path) -> None:
 
 def test_activation_checkpointing_gives_the_same_gradient(tmp_path: Path) -> None:
     plain = first_gradients(wrapped(dense_fraction=0.0), tmp_path)
-    checkpointed = first_gradients(wrapped(dense_fraction=0.0), tmp_path, activation_checkpointing=True)
+    checkpointed = first_gradients(wrapped(dense_fraction=0.0), tmp_path, gradient_checkpointing=True)
     for name, grad in plain.items():
         torch.testing.assert_close(checkpointed[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
