@@ -91,7 +91,7 @@ def skipping(keep):
 def masking(keep):
     """Dense computation times the same gates, as published code does: unit outputs are multiplied by z."""
     net = wrap(model(), PuppetConfig())
-    puppet, plain = net.puppet, net
+    puppet = net.puppet
     engine = net.__dict__["_ppnet_engine"]
     gates = {}
 
@@ -101,20 +101,20 @@ def masking(keep):
             gates[index] = z, drawn.input_scale
 
     engine.force_dense = True
-    plain.register_forward_pre_hook(draw)
+    net.register_forward_pre_hook(draw)
     for index, site in enumerate(puppet.structure.sites):
         repeat = site.consumer.features_per_unit
 
         def consumer(module, args, index=index, repeat=repeat):
             return (args[0] * gates[index][0].repeat_interleave(repeat),)
 
-        plain.get_submodule(site.consumer.name).register_forward_pre_hook(consumer)
+        net.get_submodule(site.consumer.name).register_forward_pre_hook(consumer)
         if site.kind == "neuron":
             row = puppet.mlp_sites.index(index)
-            plain.get_submodule(site.block).register_forward_pre_hook(
+            net.get_submodule(site.block).register_forward_pre_hook(
                 lambda module, args, row=row, index=index: (args[0] * gates[index][1][row],)
             )
-    return Step(plain)
+    return Step(net)
 
 
 def smallest_model():

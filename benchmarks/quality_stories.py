@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -66,20 +67,21 @@ def main():
         small = compact(original, plan(original, fraction, of="gated"))
         rows["magnitude"][str(fraction)] = nll(small, tokenizer, valid)
         rows["elastic"][str(fraction)] = []
+    log = tempfile.mkdtemp()
     for seed in range(options.seeds):
         tuned = copy.deepcopy(original).train()
-        train(tuned, blocks, options, seed, "/tmp/ppnet-stories")
+        train(tuned, blocks, options, seed, log)
         rows["fine-tuned"].append(nll(tuned.eval(), tokenizer, valid))
         model = wrap(
             copy.deepcopy(original),
             PuppetConfig(seed=seed, distill=options.distill, lambda_distribution=options.lambda_distribution),
         ).train()
-        rows["seconds"].append(train(model, blocks, options, seed, "/tmp/ppnet-stories"))
+        rows["seconds"].append(train(model, blocks, options, seed, log))
         for fraction in FRACTIONS:
             with resize(model.eval(), fraction, of="gated"):
                 rows["elastic"][str(fraction)].append(nll(model, tokenizer, valid))
         print(json.dumps(rows), flush=True)
-    rows["options"] = {name: str(value) for name, value in vars(options).items()}
+    rows["options"] = {name: str(value) for name, value in vars(options).items() if name != "out"}
     rows["tokens per phase"] = options.steps * options.batch * options.length
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import EquivalenceError
+from ppnet.modes import evaluating
 from ppnet.plan import Plan
 from ppnet.units import Structure
 from ppnet.wrap import engine_of, is_wrapped
@@ -88,19 +89,14 @@ def _reference(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[N
 @contextmanager
 def _plain_evaluation(*models: nn.Module) -> Iterator[None]:
     """No dropout, no autocast, no reduced-precision matrix products; every flag is restored."""
-    training = {module: module.training for model in models for module in model.modules()}
     precision = torch.get_float32_matmul_precision()
     device = next(models[0].parameters()).device.type
     try:
-        for model in models:
-            model.eval()
         torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with evaluating(*models), torch.autocast(device, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, flag in training.items():
-            module.training = flag
 
 
 def _batches(model: Any, structure: Structure) -> list[dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from ppnet.cost import Cost, CostModel, check_metric, cost_model
 from ppnet.errors import PlanError, PPNetError, SizeError
 from ppnet.gates.importance import norm_product
 from ppnet.gates.puppet import Puppet
+from ppnet.gates.solve import bracket
 from ppnet.plan import Plan, make_plan
 from ppnet.units import Structure
 from ppnet.wrap import engine_of, is_wrapped, structure_for
@@ -173,11 +174,7 @@ def _solve_u(puppet: Puppet, target: float, metric: str, costs: CostModel) -> fl
         sums = [float(rho[start:stop].sum()) for start, stop in pairwise(offsets)]
         return fixed + sum(a * b for a, b in zip(sums, unit, strict=True))
 
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if expected(middle) > target else (low, middle)
-    return 0.5 * (low + high)
+    return 0.5 * sum(bracket(expected, target, high=1.0, steps=30))
 
 
 def plan(

@@ -84,7 +84,6 @@ class Engine:
     def __post_init__(self) -> None:
         self.sites = self.puppet.structure.sites
         self.active = [None] * len(self.sites)
-        self.offsets = self.puppet.structure.offsets()
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 
@@ -133,7 +132,6 @@ class Engine:
             self.release()
         elif self._draws() and not self.force_dense:
             self._bind_draw(self.puppet.draw())
-            self.bound = True
         elif (self.fixed is None or self.force_dense) and self.puppet.dense_is_plain:
             self.release()
             self.stale = False
@@ -188,11 +186,8 @@ class Engine:
 
     def release(self) -> None:
         """Every leaf computes with its own weights again."""
-        for index, site in enumerate(self.sites):
-            self.active[index] = None
-            for leaf in site.leaves:
-                self.binding(leaf).set(None, None)
-            self.set_attributes(site, site.units)
+        for index in range(len(self.sites)):
+            self._unbind(index)
         self.bound = False
 
     def fix(self, plan: Plan | None) -> None:
@@ -226,10 +221,10 @@ class Engine:
             return
         gate_grad = torch.is_grad_enabled() and draw.gate is not None and draw.gate.requires_grad
         align = self.puppet.config.align
-        gates = None if draw.gate is None else draw.gate.split([site.units for site in self.sites])
-        for index, site in enumerate(self.sites):
-            start, stop = self.offsets[index], self.offsets[index + 1]
-            mask = torch.ones(site.units, dtype=torch.bool) if draw.mask is None else draw.mask[start:stop].clone()
+        units = [site.units for site in self.sites]
+        gates = None if draw.gate is None else draw.gate.split(units)
+        masks = (torch.ones(sum(units), dtype=torch.bool) if draw.mask is None else draw.mask.clone()).split(units)
+        for index, (site, mask) in enumerate(zip(self.sites, masks, strict=True)):
             if site.kind == "neuron" and gates is not None and not mask.all():
                 self._pad(mask, align)
             computed = mask.nonzero().flatten()
@@ -247,6 +242,7 @@ class Engine:
                     input_scale=self._input_scale(index, draw.input_scale),
                 ),
             )
+        self.bound = True
 
     @staticmethod
     def _pad(mask: Tensor, align: int) -> None:

@@ -18,7 +18,7 @@ def demo(
 ) -> None:
     """Train a small model with gates, resize it, compact it, and report on it.
 
-    Example:  ppnet demo --fast --out /tmp/demo
+    Example:  ppnet demo --fast --out my-demo
     """
     from ppnet.demo import run
 

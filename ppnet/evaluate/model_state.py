@@ -1,26 +1,10 @@
-"""Looking at a model without changing it: its modes, its context length, its vocabulary."""
+"""Looking at a model without changing it: its device, its vocabulary, its context length."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag returns afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def device_of(model: Any) -> torch.device:

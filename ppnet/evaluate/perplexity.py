@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppnet.errors import DataError
-from ppnet.evaluate.model_state import context_of, device_of, evaluating, vocabulary_of
+from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
 from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.tokens import Bos, Data, token_sequences
+from ppnet.modes import evaluating
 
 DEFAULT_WINDOW = 2048
 MAX_LOGITS = 2**28  # elements of one batch of logits: 1 GiB in float32

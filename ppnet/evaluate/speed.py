@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import PPNetError
-from ppnet.evaluate.model_state import context_of, device_of, evaluating, vocabulary_of
+from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
 from ppnet.evaluate.progress import Progress
+from ppnet.modes import evaluating
 
 LEAST_SECONDS = 0.05  # a shorter prefill is repeated within its round, so that a scheduler's slice does not decide
 

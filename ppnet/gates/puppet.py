@@ -19,6 +19,7 @@ from ppnet.cost import CostModel, cost_model
 from ppnet.gates.config import PuppetConfig
 from ppnet.gates.draw import Draw, draw_lambda, draw_masks, generator
 from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
+from ppnet.gates.solve import bracket
 from ppnet.gates.spline import basis
 from ppnet.plan import Plan, make_plan
 from ppnet.units import Structure, leaf_module
@@ -68,6 +69,7 @@ class Puppet(nn.Module):
         self._tokens = 1_000_000
         self._draw_count: int | None = None
         self._read: tuple[int | None, Tensor] | None = None
+        self._solved: tuple[tuple[int, float], float] | None = None
         self._modules_read: list[nn.Linear | Conv1D] | None = None
         device = next(model.parameters()).device
         sites, units, n = len(structure.sites), structure.total_units, config.control_points
@@ -228,6 +230,7 @@ class Puppet(nn.Module):
         number = self._next_draw()
         source = generator(self.config.seed, number)
         lambda_ = draw_lambda(self.config, self.progress, source, self._u_at)
+        self._solved = None
         self._draw_count = number + 1
         drawn = self._draw_at(lambda_, source, number)
         self.draws.fill_(self._draw_count)
@@ -242,14 +245,19 @@ class Puppet(nn.Module):
 
     @torch.no_grad()
     def _u_at(self, fraction: float) -> float:
-        """u in (0, u_max] at which the expected fraction of the gated FLOPs is `fraction` (bisection)."""
-        importance = self.importance_curve(nodes=5)
-        low, high = 0.0, self.config.u_max
-        for _ in range(16):
-            middle = 0.5 * (low + high)
-            kept = float(self.mean_inclusion(self.inclusion(middle, importance(middle))))
-            low, high = (middle, high) if kept > fraction else (low, middle)
-        return high
+        """u in (0, u_max] at which the expected fraction of the gated FLOPs is `fraction`.
+
+        Solved once per draw: `next_lambda` and the draw that follows it ask for the same.
+        """
+        asked = (self._next_draw(), fraction)
+        if self._solved is None or self._solved[0] != asked:
+            importance = self.importance_curve(nodes=5)
+
+            def kept(u: float) -> float:
+                return float(self.mean_inclusion(self.inclusion(u, importance(u))))
+
+            self._solved = (asked, bracket(kept, fraction, self.config.u_max, steps=16)[1])
+        return self._solved[1]
 
     def _next_draw(self) -> int:
         if self._draw_count is None:
@@ -391,7 +399,7 @@ class Puppet(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._draw_count = None
+        self._draw_count = self._solved = None
         self.root.__dict__["_ppnet_engine"].stale = True
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ppnet.errors import TrainingError
+from ppnet.modes import evaluating
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
 from ppnet.train.data import TextBlocks
@@ -158,12 +159,8 @@ class PuppetTrainerMixin(CheckpointMixin):
     def _dense_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
         """Logits ``(B, T, V)`` of the dense pass without dropout; None if the model returns none."""
         batch = {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
-        model.eval()
-        try:
-            with torch.no_grad(), self.puppet.dense():
-                return _logits(model(**batch))
-        finally:
-            model.train()
+        with evaluating(model), self.puppet.dense():
+            return _logits(model(**batch))
 
     def _distillation(
         self, inputs: Mapping[str, Any], outputs: Any, teacher: Tensor, num_items_in_batch: Tensor | int | None
