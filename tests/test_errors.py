@@ -8,52 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers import tiny, token_ids
+from refusals import gated, refused
 from torch import nn
 
 import ppnet
-from ppnet.errors import CheckpointError, PlanError, PPNetError, SizeError, UnsupportedModelError
+from ppnet.errors import PlanError, PPNetError, SizeError, UnsupportedModelError
 from ppnet.gates import PuppetConfig
-from ppnet.plan import Plan
 from ppnet.wrap import engine_of
-
-
-def fingerprint(model):
-    """All that a failed call could have left behind: weights, hooks, patched forwards, attributes, config, size."""
-    modules = {
-        name: (
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            sorted(key for key in module.__dict__ if key == "forward" or key.startswith("_ppnet")),
-            sorted((key, value) for key, value in module.__dict__.items() if isinstance(value, int)),
-        )
-        for name, module in model.named_modules()
-    }
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(vars(model.config))
-    return modules, config, engine_of(model).fixed if "_ppnet_engine" in model.__dict__ else None
-
-
-@contextmanager
-def refused(model, error, message):
-    """The block raises `error` with `message` and leaves the model as it was."""
-    before = fingerprint(model)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(error, match=message):
-        yield
-    assert fingerprint(model) == before
-    after = model.state_dict()
-    assert after.keys() == weights.keys()
-    assert all(torch.equal(after[name], value) for name, value in weights.items())
-
-
-def gated():
-    return ppnet.wrap(tiny("llama"))
-
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
@@ -309,105 +274,3 @@ def test_gates_that_are_not_finite_rank_nothing():
 def test_a_size_curve_needs_two_points():
     with pytest.raises(PPNetError, match=r"points: 1 must be at least 2"):
         ppnet.size_curve(gated(), points=1)
-
-
-# ---- plans -----------------------------------------------------------------------------------------------------------
-
-
-def changed(plan, site, units):
-    return replace(plan, kept={**plan.kept, site: units})
-
-
-PLANS = {
-    "another type": (lambda p: replace(p, model_type="qwen2"), r"made for model_type 'qwen2', the model is 'llama'"),
-    "another width": (
-        lambda p: replace(p, dense_units={**p.dense_units, "layers.0.neuron": 48}),
-        r"dense widths differ from the model's, first at .*layers\.0\.neuron",
-    ),
-    "another depth": (
-        lambda p: replace(p, dense_units={**p.dense_units, "layers.3.neuron": 44}),
-        r"dense widths differ from the model's, first at .*layers\.3\.neuron",
-    ),
-    "empty": (
-        lambda p: changed(p, "layers.1.kv_group", []),
-        r"keeps no unit of layers\.1\.kv_group; at least one unit",
-    ),
-    "missing": (
-        lambda p: replace(p, kept={k: v for k, v in p.kept.items() if k != "layers.1.neuron"}),
-        r"keeps no unit of layers\.1\.neuron",
-    ),
-    "stranger": (
-        lambda p: changed(p, "layers.9.neuron", [0]),
-        r"keeps units of \['layers\.9\.neuron'\], which the model",
-    ),
-    "unsorted": (
-        lambda p: changed(p, "layers.0.neuron", [3, 1]),
-        r"layers\.0\.neuron must hold sorted, unique indices",
-    ),
-    "repeated": (lambda p: changed(p, "layers.0.neuron", [3, 3]), r"sorted, unique indices in \[0, 44\); got \[3, 3\]"),
-    "negative": (lambda p: changed(p, "layers.0.neuron", [-1, 3]), r"sorted, unique indices in \[0, 44\)"),
-    "beyond": (lambda p: changed(p, "layers.0.kv_group", [0, 4]), r"layers\.0\.kv_group must hold .* in \[0, 4\)"),
-}
-
-
-@pytest.mark.parametrize("kind", PLANS)
-@pytest.mark.parametrize("call", [ppnet.resize, ppnet.compact])
-def test_plans_that_do_not_fit(call, kind):
-    change, message = PLANS[kind]
-    model = gated()
-    ppnet.resize(model, 0.7)
-    bad = change(ppnet.plan(model, 0.5))
-    with refused(model, PlanError, message):
-        call(model, bad)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    path = tmp_path / "plan.json"
-    ppnet.plan(tiny("llama"), 0.5).save(path)
-    return path
-
-
-def edited(path, **fields):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def test_plan_files(saved):
-    text = saved.read_text()
-    for length in (0, 1, len(text) // 2, len(text) - 1):
-        saved.write_text(text[:length])
-        with pytest.raises(CheckpointError, match=r"plan: cannot read .*plan\.json: "):
-            Plan.load(saved)
-    saved.write_bytes(b"\xff\xfe\x00plan")
-    with pytest.raises(CheckpointError, match=r"plan: cannot read .*plan\.json: .*codec can't decode"):
-        Plan.load(saved)
-    with pytest.raises(CheckpointError, match=r"plan: cannot read .*absent\.json: .*No such file"):
-        Plan.load(saved.with_name("absent.json"))
-    for foreign, found in (("[1, 2]", "'list'"), ('{"format": "other/3"}', "'other/3'"), ("{}", "None")):
-        saved.write_text(foreign)
-        with pytest.raises(CheckpointError, match=rf"not a ppnet plan \(format {found}, expected 'ppnet\.plan/1'\)"):
-            Plan.load(saved)
-
-
-@pytest.mark.parametrize(
-    "fields, word",
-    [
-        ({"kept": {"layers.0.neuron": ["x"]}}, "ValueError"),
-        ({"kept": {"layers.0.neuron": 3}}, "TypeError"),
-        ({"kept": [1]}, "AttributeError"),
-        ({"cost": {"params": 1}}, "TypeError"),
-        ({"u": "high"}, "ValueError"),
-    ],
-)
-def test_damaged_plan_fields(saved, fields, word):
-    edited(saved, **fields)
-    with pytest.raises(CheckpointError, match=rf"plan: incomplete or damaged: {word}"):
-        Plan.load(saved)
-
-
-@pytest.mark.parametrize("field", ["model_type", "kept", "dense_units", "cost", "dense_cost", "asked", "metric", "u"])
-def test_missing_plan_fields(saved, field):
-    data = json.loads(saved.read_text())
-    del data[field]
-    with pytest.raises(CheckpointError, match=rf"plan: incomplete or damaged: KeyError\('{field}'\)"):
-        Plan.from_dict(data)
