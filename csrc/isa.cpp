@@ -5,9 +5,11 @@
 namespace ppnet {
 namespace {
 
+constexpr Isa kBestFirst[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::base};
+
 Isa best_isa() {
-  if (isa_supported(Isa::avx512)) return Isa::avx512;
-  if (isa_supported(Isa::avx2)) return Isa::avx2;
+  for (Isa isa : kBestFirst)
+    if (isa_supported(isa)) return isa;
   return Isa::base;
 }
 
@@ -22,11 +24,14 @@ bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   switch (isa) {
-    case Isa::avx512:  // the flags of ISA_FLAGS_avx512 in CMakeLists.txt
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vbmi2") &&
+    // The flags of ISA_FLAGS_* in CMakeLists.txt.
+    case Isa::avx512_bf16:
+      return isa_supported(Isa::avx512) && __builtin_cpu_supports("avx512vbmi2") &&
              __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    case Isa::avx512:
+      return isa_supported(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512cd");
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
              __builtin_cpu_supports("f16c");
@@ -40,7 +45,13 @@ bool isa_supported(Isa isa) {
 }
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "base";
+  switch (isa) {
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    case Isa::base: break;
+  }
+  return "base";
 }
 
 Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
@@ -50,13 +61,13 @@ std::string set_isa(const std::string& name) {
     chosen().store(best_isa());
     return "";
   }
-  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : kBestFirst) {
     if (name != isa_name(isa)) continue;
     if (!isa_supported(isa)) return "this processor does not have '" + name + "'";
     chosen().store(isa);
     return "";
   }
-  return "unknown instruction set '" + name + "': expected auto, base, avx2 or avx512";
+  return "unknown instruction set '" + name + "': expected auto, base, avx2, avx512 or avx512_bf16";
 }
 
 }  // namespace ppnet

@@ -42,12 +42,12 @@ def host() -> ModuleType:
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels in use: "avx512", "avx2", "base", or "torch" without the extension."""
+    """Instruction set of the CPU kernels in use: "avx512_bf16", "avx512", "avx2", "base", or "torch" without the extension."""
     return _C.isa() if _C else "torch"
 
 
 def set_isa(name: str) -> None:
-    """Use the CPU kernels of "base", "avx2" or "avx512"; "auto" is the best. Errors: ValueError if it cannot run."""
+    """Use the CPU kernels of one of `supported_isas()`; "auto" is the best. Errors: ValueError if it cannot run."""
     if _C is None:
         raise RuntimeError(f"set_isa needs the compiled extension: {_reason}. {HOW_TO_BUILD}")
     _C.set_isa(name)

@@ -26,7 +26,8 @@ PyObject* set_isa(PyObject*, PyObject* name) {
 PyObject* supported_isas(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   if (names == nullptr) return nullptr;
-  for (ppnet::Isa candidate : {ppnet::Isa::base, ppnet::Isa::avx2, ppnet::Isa::avx512}) {
+  for (ppnet::Isa candidate :
+       {ppnet::Isa::base, ppnet::Isa::avx2, ppnet::Isa::avx512, ppnet::Isa::avx512_bf16}) {
     if (!ppnet::isa_supported(candidate)) continue;
     PyObject* text = PyUnicode_FromString(ppnet::isa_name(candidate));
     if (text == nullptr || PyList_Append(names, text) != 0) {
@@ -50,8 +51,8 @@ PyObject* cuda_status(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "Instruction set of the CPU kernels in use: base, avx2 or avx512."},
-    {"set_isa", set_isa, METH_O, "Use the kernels of base, avx2 or avx512; auto is the best this processor has."},
+    {"isa", isa, METH_NOARGS, "Instruction set of the CPU kernels in use, as supported_isas names them."},
+    {"set_isa", set_isa, METH_O, "Use the kernels of one of supported_isas; auto is the best."},
     {"supported_isas", supported_isas, METH_NOARGS, "Instruction sets that were compiled and that this processor has."},
     {"cuda_status", cuda_status, METH_NOARGS, "\"ok\", \"not built\", or why the CUDA kernels cannot run here."},
     {nullptr, nullptr, 0, nullptr},

@@ -8,12 +8,11 @@
 #include <fstream>
 #include <memory>
 
+#include "check.h"
 #include "cpu/rows.h"
 
 namespace ppnet {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 // A thread is worth waking for this much memory traffic.
 constexpr int64_t kBytesPerThread = 1 << 17;
@@ -24,15 +23,6 @@ struct JobArrays {
   std::vector<uint64_t> mask;
   std::vector<char> scale, partial;
 };
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    case ScalarType::Double: return Dtype::f64;
-    default: return Dtype::f32;
-  }
-}
 
 // Reads idx[i]: range, and for scatter uniqueness; fills the forms the kernels index with.
 void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, RowsJob& job, JobArrays& arrays) {

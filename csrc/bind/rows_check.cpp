@@ -1,24 +1,14 @@
 // Checks of gather_rows and scatter_rows: every message names the argument, its position in the list and its value.
-#include <sstream>
 #include <string>
 
+#include "check.h"
 #include "rows.h"
 
 namespace ppnet {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // "src[3]", for messages.
 std::string at(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
-
-std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
-}
 
 bool absent(const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; }
 
@@ -40,11 +30,7 @@ void check_matrix(const char* op, const std::string& name, const Tensor& t, int6
   STD_TORCH_CHECK(t.dim() == 1 || t.dim() == 2, op, ": ", name, " has shape ", shape(t), "; allowed are 1-D and 2-D");
   STD_TORCH_CHECK(dim >= 0 && dim < t.dim(), op, ": ", at("dim", i), " is ", dim, " for ", name, " of shape ", shape(t),
                   "; allowed are 0 .. ", t.dim() - 1);
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-                      dtype == ScalarType::Double,
-                  op, ": ", name, " has dtype ", torch::headeronly::toString(dtype),
-                  "; allowed are Float, BFloat16, Half and Double");
+  check_floating(op, name, t);
 }
 
 Tensor check_idx(const char* op, const Tensor& idx, size_t i, const Tensor& first) {

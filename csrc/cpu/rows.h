@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "cpu/dtype.h"
 #include "isa.h"
 
 namespace ppnet {
-
-enum class Dtype { f32, bf16, f16, f64 };
 
 // One tensor, in the orientation in which its last axis is contiguous; strides are in bytes.
 // The scale, the dot and the partial sums are float, or double for Dtype::f64.
@@ -40,9 +39,6 @@ PPNET_KERNEL(void scatter_rows(const RowsJob& job, int64_t begin, int64_t end, b
 PPNET_KERNEL(void reduce_dot(const RowsJob& job))
 
 // `static`: an inline function with external linkage would be shared between the instruction sets.
-static inline int64_t element_size(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
 static inline int64_t unit_rows(const RowsJob& job) { return job.columns ? kColumnUnit : 1; }
 static inline int64_t units(const RowsJob& job) { return (job.rows + unit_rows(job) - 1) / unit_rows(job); }
 // One row, and one vector more because a compressed vector is stored whole.

@@ -1,0 +1,75 @@
+// Checks shared by the bindings. Every message names the operator, the argument, its value and what is allowed.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "cpu/dtype.h"
+
+namespace ppnet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// "(3, 4)", for messages.
+inline std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+// The dtype of a tensor that passed check_floating.
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Double: return Dtype::f64;
+    default: return Dtype::f32;
+  }
+}
+
+inline void check_floating(const char* op, const std::string& name, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                      dtype == ScalarType::Double,
+                  op, ": ", name, " has dtype ", torch::headeronly::toString(dtype),
+                  "; allowed are Float, BFloat16, Half and Double");
+}
+
+inline void check_dtype(const char* op, const std::string& name, const Tensor& t, ScalarType expected,
+                        const char* because) {
+  STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " has dtype ",
+                  torch::headeronly::toString(t.scalar_type()), "; it must be ",
+                  torch::headeronly::toString(expected), " (", because, ")");
+}
+
+inline void check_cpu(const char* op, const std::string& name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU; all tensors of a call must be on one device");
+}
+
+// Sizes of -1 are free; `meaning` spells the shape in the field's letters, as "(T, D)".
+inline void check_shape(const char* op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                        const char* meaning) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  std::ostringstream expected;
+  int64_t d = 0;
+  for (int64_t size : sizes) {
+    same = same && (size < 0 || t.size(d) == size);
+    expected << (d ? ", " : "(");
+    if (size < 0)
+      expected << "any";
+    else
+      expected << size;
+    ++d;
+  }
+  expected << (sizes.size() == 1 ? ",)" : ")");
+  STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape(t), "; it must be ", meaning, " = ", expected.str());
+}
+
+}  // namespace ppnet
