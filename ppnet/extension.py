@@ -42,7 +42,7 @@ def host() -> ModuleType:
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels in use: "avx512_bf16", "avx512", "avx2", "base", or "torch" without the extension."""
+    """Instruction set of the CPU kernels in use, one of `supported_isas()`; "torch" without the extension."""
     return _C.isa() if _C else "torch"
 
 

@@ -1,0 +1,107 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace ppnet {
+namespace {
+
+struct Free {
+  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+};
+
+void make_contiguous(Optional& t) {
+  if (t && !t->is_contiguous()) t = torch::stable::contiguous(*t);
+}
+
+}  // namespace
+
+Workspace Workspace::of_this_thread(int64_t bytes) {
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t size = 0;
+  bytes += 4096;  // each piece is rounded up to a cache line
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
+    size = bytes;
+  }
+  return Workspace(memory.get());
+}
+
+void check_rows(const char* op, const char* name, const Tensor& weight, ScalarType dtype) {
+  check_cpu(op, name, weight);
+  check_dtype(op, name, weight, dtype, "the dtype of x");
+  STD_TORCH_CHECK(weight.dim() == 2, op, ": ", name, " has shape ", shape(weight), "; it must have two axes");
+  const bool rows = weight.size(1) <= 1 || weight.stride(1) == 1;
+  STD_TORCH_CHECK(rows && (weight.size(0) <= 1 || weight.stride(0) >= weight.size(1)), op, ": ", name, " of shape ",
+                  shape(weight), " has strides (", weight.stride(0), ", ", weight.stride(1),
+                  "); its rows must be contiguous: store it unit by unit (ppnet.accelerate does)");
+}
+
+const char* check_bias(const char* op, const char* name, Optional& bias, int64_t n, ScalarType dtype) {
+  if (!bias) return nullptr;
+  check_cpu(op, name, *bias);
+  check_dtype(op, name, *bias, dtype, "the dtype of x");
+  check_shape(op, name, *bias, {n}, "one entry per output");
+  make_contiguous(bias);
+  return static_cast<const char*>(bias->const_data_ptr());
+}
+
+const int64_t* check_idx(const char* op, Optional& idx, int64_t n) {
+  if (!idx) return nullptr;
+  check_cpu(op, "idx", *idx);
+  check_dtype(op, "idx", *idx, ScalarType::Long, "indices are int64");
+  check_shape(op, "idx", *idx, {-1}, "(K,)");
+  make_contiguous(idx);
+  const int64_t* values = idx->const_data_ptr<int64_t>();
+  for (int64_t k = 0; k < idx->size(0); ++k)
+    STD_TORCH_CHECK(values[k] >= 0 && values[k] < n, op, ": idx[", k, "] is ", values[k], "; allowed are 0 .. ", n - 1);
+  return values;
+}
+
+const float* check_factors(const char* op, const char* name, Optional& factors, int64_t kept) {
+  if (!factors) return nullptr;
+  check_cpu(op, name, *factors);
+  check_dtype(op, name, *factors, ScalarType::Float, "gates are float32");
+  check_shape(op, name, *factors, {kept}, "(K,)");
+  make_contiguous(factors);
+  return factors->const_data_ptr<float>();
+}
+
+void check_tokens(const char* op, const Tensor& x) {
+  check_cpu(op, "x", x);
+  check_floating(op, "x", x);
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, op,
+                  ": x has dtype Double; allowed are Float, BFloat16 and Half");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= kMostTokens, op, ": x has shape ", shape(x),
+                  "; it must be (T, width) with at most ", kMostTokens, " tokens");
+}
+
+int64_t PaddedTokens::bytes(const Tensor& x) {
+  const int64_t elements = padded_tokens(x.size(0)) * token_stride(x.size(1));
+  return elements * (static_cast<int64_t>(sizeof(float)) + element_size(dtype_of(x)));
+}
+
+PaddedTokens::PaddedTokens(Workspace& workspace, const Tensor& x, const float* factors) {
+  const int64_t tokens = x.size(0), padded = padded_tokens(tokens), width = x.size(1);
+  const int64_t element = element_size(dtype_of(x)), stride = token_stride(width);
+  const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const char* from = static_cast<const char*>(rows.const_data_ptr());
+  char* copy = workspace.take<char>(padded * stride * element);
+  for (int64_t t = 0; t < tokens; ++t)
+    std::memcpy(copy + t * stride * element, from + t * width * element, static_cast<size_t>(width * element));
+  std::memset(copy + tokens * stride * element, 0, static_cast<size_t>((padded - tokens) * stride * element));
+  raw = copy;
+  float* floats = workspace.take<float>(padded * stride);
+  PPNET_PICK(widen_tokens)(dtype_of(x), from, tokens, width, factors, floats);
+  wide = floats;
+}
+
+int64_t threads_for(int64_t bytes) {
+  constexpr int64_t kBytesPerThread = 1 << 16;
+  return std::clamp<int64_t>(bytes / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+}
+
+}  // namespace ppnet

@@ -1,0 +1,61 @@
+// What the bindings of the decode operators share: checks of their arguments, padded tokens, working memory.
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "check.h"
+#include "cpu/tokens.h"
+
+namespace ppnet {
+
+using Optional = std::optional<Tensor>;
+
+// Memory that the calling thread keeps between calls, so that a decoding step does not wait for fresh pages. It grows to
+// what the largest call needed; the operators say how much that is.
+class Workspace {
+ public:
+  // Room for a call, given up at the next one. Aligned to cache lines.
+  static Workspace of_this_thread(int64_t bytes);
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return taken;
+  }
+
+ private:
+  explicit Workspace(char* begin) : next_(begin) {}
+  char* next_;
+};
+
+// Dtype, and the last axis contiguous in rows that do not overlap.
+void check_rows(const char* op, const char* name, const Tensor& weight, ScalarType dtype);
+// A bias (N,) of x's dtype, contiguous in place; null where absent.
+const char* check_bias(const char* op, const char* name, Optional& bias, int64_t n, ScalarType dtype);
+// idx (K,) int64 in [0, n), contiguous in place; null where absent.
+const int64_t* check_idx(const char* op, Optional& idx, int64_t n);
+// Factors (K,) float32, contiguous in place; null where absent.
+const float* check_factors(const char* op, const char* name, Optional& factors, int64_t kept);
+// x: (T, width) with 0 <= T <= kMostTokens, f32, bf16 or f16.
+void check_tokens(const char* op, const Tensor& x);
+
+// The tokens as the kernels read them, in working memory.
+struct PaddedTokens {
+  PaddedTokens(Workspace& workspace, const Tensor& x, const float* factors);
+  static int64_t bytes(const Tensor& x);
+  const char* raw;
+  const float* wide;
+};
+
+// Threads that are worth waking to read this many bytes.
+int64_t threads_for(int64_t bytes);
+// body(begin, end) over equal shares of [0, n) on that many threads.
+template <class Body>
+void share_out(int64_t n, int64_t threads, const Body& body) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) body(n * t / threads, n * (t + 1) / threads);
+  });
+}
+
+}  // namespace ppnet

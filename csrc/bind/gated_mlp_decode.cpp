@@ -1,0 +1,76 @@
+// gated_mlp_decode on the CPU: the schema is in ppnet/ops/gated_mlp_decode.py.
+#include "cpu/gated_mlp_decode.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "decode.h"
+
+namespace ppnet {
+namespace {
+
+Act act_of(const char* op, const std::string& name) {
+  const std::pair<const char*, Act> known[] = {{"silu", Act::silu},
+                                               {"gelu", Act::gelu},
+                                               {"gelu_tanh", Act::gelu_tanh},
+                                               {"relu", Act::relu},
+                                               {"relu2", Act::relu2}};
+  for (const auto& [text, act] : known)
+    if (name == text) return act;
+  STD_TORCH_CHECK(false, op, ": act is '", name, "'; allowed are silu, gelu, gelu_tanh, relu and relu2");
+  return Act::silu;
+}
+
+// A matrix of neurons: (F, D), rows contiguous.
+const char* neurons(const char* op, const char* name, const Tensor& matrix, const Tensor& up, int64_t& stride) {
+  check_rows(op, name, matrix, up.scalar_type());
+  check_shape(op, name, matrix, {up.size(0), up.size(1)}, "(F, D), as up");
+  stride = matrix.stride(0) * element_size(dtype_of(matrix));
+  return static_cast<const char*>(matrix.const_data_ptr());
+}
+
+Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Optional up_bias, Optional gate_bias,
+                            Optional down_bias, Optional idx, Optional z, std::string act) {
+  const char* op = "gated_mlp_decode";
+  check_tokens(op, x);
+  check_rows(op, "up", up, x.scalar_type());
+  check_shape(op, "x", x, {-1, up.size(1)}, "(T, D), D that of up");
+  STD_TORCH_CHECK(gate || !gate_bias, op, ": gate_bias is given, but gate is not");
+  MlpDecode job{};
+  job.dtype = dtype_of(x);
+  job.act = act_of(op, act);
+  job.tokens = x.size(0);
+  job.width = up.size(1);
+  job.up = neurons(op, "up", up, up, job.up_stride);
+  job.down = neurons(op, "down", down, up, job.down_stride);
+  if (gate) job.gate = neurons(op, "gate", *gate, up, job.gate_stride);
+  job.up_bias = check_bias(op, "up_bias", up_bias, up.size(0), x.scalar_type());
+  job.gate_bias = check_bias(op, "gate_bias", gate_bias, up.size(0), x.scalar_type());
+  const char* down_bias_data = check_bias(op, "down_bias", down_bias, job.width, x.scalar_type());
+  job.idx = check_idx(op, idx, up.size(0));
+  job.kept = idx ? idx->size(0) : up.size(0);
+  job.z = check_factors(op, "z", z, job.kept);
+  Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
+  if (job.tokens == 0 || job.width == 0) return y;
+  job.chunks = decode_chunks(job.kept);
+  const int64_t sums = job.chunks * padded_tokens(job.tokens) * token_stride(job.width);
+  Workspace workspace = Workspace::of_this_thread(PaddedTokens::bytes(x) + sums * 4);
+  const PaddedTokens tokens(workspace, x, nullptr);
+  job.x = tokens.raw;
+  job.wide = tokens.wide;
+  job.partial = workspace.take<float>(sums);
+  const int64_t bytes = job.kept * job.width * element_size(job.dtype) * (gate ? 3 : 2);
+  const auto kernel = PPNET_PICK(mlp_chunks);
+  share_out(job.chunks, threads_for(bytes), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const auto add = PPNET_PICK(add_chunks);
+  share_out(job.width, threads_for(sums * 4), [&](int64_t begin, int64_t end) {
+    add(job.dtype, job.partial, job.chunks, job.tokens, job.width, down_bias_data, out, begin, end);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppnet, CPU, m) { m.impl("gated_mlp_decode", TORCH_BOX(&gated_mlp_decode_cpu)); }
+
+}  // namespace ppnet

@@ -1,0 +1,74 @@
+// linear_decode and linear_t_decode on the CPU: the schemas are in ppnet/ops/linear_decode.py.
+#include "cpu/linear_decode.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "decode.h"
+
+namespace ppnet {
+namespace {
+
+LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx) {
+  check_tokens(op, x);
+  check_rows(op, "weight", weight, x.scalar_type());
+  LinearDecode job{};
+  job.dtype = dtype_of(x);
+  job.tokens = x.size(0);
+  job.width = weight.size(1);
+  job.weight = static_cast<const char*>(weight.const_data_ptr());
+  job.stride = weight.stride(0) * element_size(job.dtype);
+  job.idx = check_idx(op, idx, weight.size(0));
+  job.kept = idx ? idx->size(0) : weight.size(0);
+  return job;
+}
+
+int64_t weight_bytes(const LinearDecode& job) { return job.kept * job.width * element_size(job.dtype); }
+
+Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
+  const char* op = "linear_decode";
+  LinearDecode job = make_job(op, x, weight, idx);
+  check_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
+  job.bias = check_bias(op, "bias", bias, weight.size(0), x.scalar_type());
+  Tensor y = torch::stable::new_empty(x, {job.tokens, job.kept});
+  if (job.tokens == 0 || job.kept == 0) return y;
+  Workspace workspace = Workspace::of_this_thread(PaddedTokens::bytes(x));
+  const PaddedTokens tokens(workspace, x, nullptr);
+  job.x = tokens.raw;
+  job.wide = tokens.wide;
+  job.y = static_cast<char*>(y.mutable_data_ptr());
+  const auto kernel = PPNET_PICK(linear_outputs);
+  share_out(job.kept, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  return y;
+}
+
+Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
+  const char* op = "linear_t_decode";
+  LinearDecode job = make_job(op, x, weight, idx);
+  check_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
+  const char* bias_data = check_bias(op, "bias", bias, job.width, x.scalar_type());
+  const float* factors = check_factors(op, "z", z, job.kept);
+  Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
+  if (job.tokens == 0 || job.width == 0) return y;
+  job.chunks = decode_chunks(job.kept);
+  const int64_t sums = job.chunks * padded_tokens(job.tokens) * token_stride(job.width);
+  Workspace workspace = Workspace::of_this_thread(PaddedTokens::bytes(x) + sums * 4);
+  job.wide = PaddedTokens(workspace, x, factors).wide;
+  job.partial = workspace.take<float>(sums);
+  const auto kernel = PPNET_PICK(linear_inputs);
+  share_out(job.chunks, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const auto add = PPNET_PICK(add_chunks);
+  share_out(job.width, threads_for(sums * 4), [&](int64_t begin, int64_t end) {
+    add(job.dtype, job.partial, job.chunks, job.tokens, job.width, bias_data, out, begin, end);
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppnet, CPU, m) {
+  m.impl("linear_decode", TORCH_BOX(&linear_decode_cpu));
+  m.impl("linear_t_decode", TORCH_BOX(&linear_t_decode_cpu));
+}
+
+}  // namespace ppnet

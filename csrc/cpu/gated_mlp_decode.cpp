@@ -1,0 +1,126 @@
+// gated_mlp_decode: body, compiled once per instruction set (PPNET_ISA).
+//
+// Neurons go through in blocks: products with their gate and up rows, activation, sum of their down rows. Each phase prefetches the rows of the next one, so memory is read in one steady stream whatever neurons are kept.
+#include "gated_mlp_decode.h"
+
+#include <math.h>
+
+#include "row_products.h"
+
+namespace ppnet {
+namespace PPNET_ISA {
+namespace {
+
+inline float activate(Act act, float x) {
+  switch (act) {
+    case Act::silu: return x / (1.0f + expf(-x));
+    case Act::gelu: return 0.5f * x * erfcf(x * -0.70710678118654752f);
+    case Act::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case Act::relu: return x < 0 ? 0.0f : x;
+    case Act::relu2: return x < 0 ? 0.0f : x * x;
+  }
+  return x;
+}
+
+inline int64_t neuron(const MlpDecode& job, int64_t k) {
+  k = k < job.kept ? k : job.kept - 1;  // past the end, where rows are only prefetched
+  return job.idx ? job.idx[k] : k;
+}
+
+template <class W>
+float bias_of(const char* bias, int64_t f) {
+  return bias ? widen(reinterpret_cast<const W*>(bias)[f]) : 0.0f;
+}
+
+// The rows of the neurons of a block from k on, and the up and gate rows of the next block.
+struct Block {
+  Block(const MlpDecode& job, int64_t k, int64_t end) : count(static_cast<int>(end - k < kBlockRows ? end - k : kBlockRows)) {
+    for (int b = 0; b < count; ++b) {
+      f[b] = neuron(job, k + b);
+      up[b] = job.up + f[b] * job.up_stride;
+      down[b] = job.down + f[b] * job.down_stride;
+      second_half[b] = down[b] + job.width * element_size(job.dtype) / 2;
+      const int64_t next = neuron(job, k + kBlockRows + b);
+      ahead[b] = job.up + next * job.up_stride;
+      if (job.gate == nullptr) continue;
+      gate[b] = job.gate + f[b] * job.gate_stride;
+      ahead[kBlockRows + b] = job.gate + next * job.gate_stride;
+    }
+  }
+  int count;
+  int64_t f[kBlockRows];
+  const char *up[kBlockRows], *gate[kBlockRows], *down[kBlockRows], *second_half[kBlockRows], *ahead[2 * kBlockRows];
+};
+
+template <class W>
+const W* const* typed(const char* const* rows) {
+  return reinterpret_cast<const W* const*>(rows);
+}
+
+// h[b * T + t] of a block's neurons; meanwhile their down rows are fetched, half of each with either matrix.
+template <int T, bool kGlu, class W>
+void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) {
+  const Tokens<W> x{reinterpret_cast<const W*>(job.x), job.wide, token_stride(job.width)};
+  float gate[kBlockRows * T];
+  if (kGlu) {
+    dots<T, true>(typed<W>(block.gate), block.count, x, job.width, block.down, gate);
+    dots<T, true>(typed<W>(block.up), block.count, x, job.width, block.second_half, h);
+  } else {
+    dots<T, false>(typed<W>(block.up), block.count, x, job.width, block.down, h);
+  }
+  for (int b = 0; b < block.count; ++b) {
+    const float z = job.z ? job.z[k + b] : 1.0f;
+    const float gate_bias = bias_of<W>(job.gate_bias, block.f[b]), up_bias = bias_of<W>(job.up_bias, block.f[b]);
+    for (int i = b * T; i < (b + 1) * T; ++i) {
+      const float u = h[i] + up_bias;
+      h[i] = z * (kGlu ? activate(job.act, gate[i] + gate_bias) * u : activate(job.act, u));
+    }
+  }
+}
+
+template <int T, bool kGlu, class W>
+void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
+  const int64_t stride = token_stride(job.width), size = T * stride;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    float* y = job.partial + chunk * size;
+    memset(y, 0, static_cast<size_t>(size) * sizeof(float));
+    const int64_t stop = chunk_start(job.kept, job.chunks, chunk + 1);
+    for (int64_t k = chunk_start(job.kept, job.chunks, chunk); k < stop; k += kBlockRows) {
+      const Block block(job, k, stop);
+      float h[kBlockRows * T];
+      activations<T, kGlu, W>(job, block, k, h);
+      sums<T, kGlu ? 2 : 1>(typed<W>(block.down), block.count, h, y, stride, job.width, block.ahead);
+    }
+  }
+}
+
+template <int T, class W>
+void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
+  if (job.gate)
+    chunks<T, true, W>(job, begin, end);
+  else
+    chunks<T, false, W>(job, begin, end);
+}
+
+template <class W>
+void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
+  switch (padded_tokens(job.tokens)) {
+    case 1: return chunks<1, W>(job, begin, end);
+    case 2: return chunks<2, W>(job, begin, end);
+    case 4: return chunks<4, W>(job, begin, end);
+    default: return chunks<8, W>(job, begin, end);
+  }
+}
+
+}  // namespace
+
+void mlp_chunks(const MlpDecode& job, int64_t begin, int64_t end) {
+  switch (job.dtype) {
+    case Dtype::bf16: return chunks<bf16_t>(job, begin, end);
+    case Dtype::f16: return chunks<f16_t>(job, begin, end);
+    default: return chunks<float>(job, begin, end);
+  }
+}
+
+}  // namespace PPNET_ISA
+}  // namespace ppnet

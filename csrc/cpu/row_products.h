@@ -1,0 +1,173 @@
+// Products of a few tokens with rows of a weight matrix, each read once: what decoding is made of.
+//
+//   dots   out[r][t] = <row[r], x[t]>            rows that belong to outputs (q, k, v, gate, up)
+//   sums   y[t]     += sum_r a[r][t] row[r]      rows that belong to inputs (o and down, stored unit by unit)
+//
+// Up to kBlockRows rows are worked on together. Meanwhile the rows that come next are fetched into the second-level cache: their
+// addresses are known, and they lie anywhere in memory, where the hardware cannot guess them.
+// Included only by files of csrc/cpu: internal linkage throughout.
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+// Loops over rows, tokens and vectors must be unrolled whole, or their sums live in memory in place of registers.
+#define PPNET_UNROLL _Pragma("GCC unroll 16")
+
+constexpr int kBlockRows = 16;
+constexpr int64_t kLine = 64;  // bytes
+
+// The tokens of a call: (T, D) in the dtype of the weights, and widened to float. `stride` is in elements, for both.
+template <class W>
+struct Tokens {
+  const W* raw;
+  const float* wide;
+  int64_t stride;
+};
+
+// ---- dots: kDotRows rows times T tokens are summed in registers; columns go in tiles whose tokens stay in the L1 cache ----
+
+template <int T>
+constexpr int kDotRows = T <= 2 || (T == 4 && kLanes == 16) ? 4 : 2;
+template <int T>
+constexpr int64_t kDotTile = 4096 / T;
+
+// Adds the products of n elements from column d on to acc[r][t]; n is a multiple of a vector, or kPartial is set.
+template <int T, int R, bool kPartial, class W>
+inline void dot_step(vfloat (&acc)[R][T], const W* const* rows, const Tokens<W>& x, int64_t d, int64_t n) {
+  for (int64_t i = d; i < d + n; i += kLanes) {
+    const int64_t left = d + n - i;
+    vfloat w[R];
+    PPNET_UNROLL
+    for (int r = 0; r < R; ++r) w[r] = kPartial && left < kLanes ? load(rows[r] + i, left) : load(rows[r] + i);
+    PPNET_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const float* p = x.wide + t * x.stride + i;
+      const vfloat token = kPartial && left < kLanes ? load(p, left) : load(p);
+      PPNET_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][t] = fma(w[r], token, acc[r][t]);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// bf16 pairs multiplied and added in float, 32 elements per instruction.
+template <int T, int R, bool kPartial>
+inline void dot_step(vfloat (&acc)[R][T], const bf16_t* const* rows, const Tokens<bf16_t>& x, int64_t d, int64_t n) {
+  for (int64_t i = d; i < d + n; i += 32) {
+    const auto lanes = static_cast<__mmask32>(_bzhi_u32(~0u, static_cast<unsigned>(d + n - i < 32 ? d + n - i : 32)));
+    const auto pairs = [&](const bf16_t* p) {
+      return reinterpret_cast<__m512bh>(kPartial ? _mm512_maskz_loadu_epi16(lanes, p) : _mm512_loadu_si512(p));
+    };
+    __m512bh w[R];
+    PPNET_UNROLL
+    for (int r = 0; r < R; ++r) w[r] = pairs(rows[r] + i);
+    PPNET_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const __m512bh token = pairs(x.raw + t * x.stride + i);
+      PPNET_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], w[r], token);
+    }
+  }
+}
+#endif
+
+// Columns [begin, end) of R rows. One row is fetched per row read, at the same columns (kHalf: half as many).
+template <int T, int R, bool kHalf, class W>
+inline void dot_rows(vfloat* sums, const W* const* rows, const Tokens<W>& x, int64_t begin, int64_t end,
+                     const char* const* ahead) {
+  constexpr int64_t kStep = 2 * kLine / static_cast<int64_t>(sizeof(W));
+  vfloat acc[R][T];
+  PPNET_UNROLL
+  for (int i = 0; i < R * T; ++i) acc[i / T][i % T] = sums[i];
+  int64_t d = begin;
+  for (; d + kStep <= end; d += kStep) {
+    const int64_t at = d * static_cast<int64_t>(sizeof(W));
+    PPNET_UNROLL
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(ahead[r] + (kHalf ? at / 2 : at), 0, 2);
+      if (!kHalf) __builtin_prefetch(ahead[r] + at + kLine, 0, 2);
+    }
+    dot_step<T, R, false>(acc, rows, x, d, kStep);
+  }
+  if (d < end) dot_step<T, R, true>(acc, rows, x, d, end - d);
+  PPNET_UNROLL
+  for (int i = 0; i < R * T; ++i) sums[i] = acc[i / T][i % T];
+}
+
+// out[r * T + t] = <rows[r], x[t]> for r < count <= kBlockRows; ahead: as many rows to fetch (kHalf: the first half of each).
+template <int T, bool kHalf, class W>
+void dots(const W* const* rows, int count, const Tokens<W>& x, int64_t width, const char* const* ahead, float* out) {
+  constexpr int R = kDotRows<T>;
+  vfloat total[kBlockRows * T];
+  for (int i = 0; i < count * T; ++i) total[i] = splat(0);
+  for (int64_t begin = 0; begin < width; begin += kDotTile<T>) {
+    const int64_t end = begin + kDotTile<T> < width ? begin + kDotTile<T> : width;
+    int r = 0;
+    for (; r + R <= count; r += R) dot_rows<T, R, kHalf>(total + r * T, rows + r, x, begin, end, ahead + r);
+    for (; r < count; ++r) dot_rows<T, 1, kHalf>(total + r * T, rows + r, x, begin, end, ahead + r);
+  }
+  for (int i = 0; i < count * T; ++i) out[i] = sum(total[i]);
+}
+
+// ---- sums: a tile of columns times T tokens is kept in registers while all rows of the block go by ------------------------
+
+// Vectors of a tile.
+template <int T>
+constexpr int kSumVectors = kLanes == 16 ? (T == 1 ? 8 : T == 8 ? 2 : 4) : (T <= 2 ? 4 : T == 4 ? 2 : 1);
+
+// y[t] += sum over r of a[r * T + t] * rows[r], for r < count and t < T, in V vectors of columns from d on; the last vector has
+// `last` elements. N rows are fetched per row read, at the same columns.
+template <int T, int V, int N, class W>
+inline void sum_tile(const W* const* rows, int count, const float* a, float* y, int64_t stride, int64_t d, int64_t last,
+                     const char* const* ahead) {
+  constexpr int64_t kBytes = V * kLanes * static_cast<int64_t>(sizeof(W));
+  vfloat acc[T][V];
+  PPNET_UNROLL
+  for (int i = 0; i < T * V; ++i) {
+    const float* from = y + i / V * stride + d + i % V * kLanes;
+    acc[i / V][i % V] = i % V == V - 1 && last < kLanes ? load(from, last) : load(from);
+  }
+  for (int r = 0; r < count; ++r) {
+    PPNET_UNROLL
+    for (int n = 0; n < N; ++n)
+      for (int64_t line = 0; line < kBytes; line += kLine)
+        __builtin_prefetch(ahead[n * kBlockRows + r] + d * static_cast<int64_t>(sizeof(W)) + line, 0, 2);
+    vfloat w[V];
+    PPNET_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const W* from = rows[r] + d + v * kLanes;
+      w[v] = v == V - 1 && last < kLanes ? load(from, last) : load(from);
+    }
+    PPNET_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const vfloat factor = splat(a[r * T + t]);
+      PPNET_UNROLL
+      for (int v = 0; v < V; ++v) acc[t][v] = fma(w[v], factor, acc[t][v]);
+    }
+  }
+  PPNET_UNROLL
+  for (int i = 0; i < T * V; ++i) {
+    float* to = y + i / V * stride + d + i % V * kLanes;
+    if (i % V == V - 1 && last < kLanes)
+      store(to, acc[i / V][i % V], last);
+    else
+      store(to, acc[i / V][i % V]);
+  }
+}
+
+// The same over all columns; y is (T, width) floats. ahead: (N, kBlockRows).
+template <int T, int N, class W>
+void sums(const W* const* rows, int count, const float* a, float* y, int64_t stride, int64_t width,
+          const char* const* ahead) {
+  constexpr int64_t kTile = kSumVectors<T> * kLanes;
+  int64_t d = 0;
+  for (; d + kTile <= width; d += kTile) sum_tile<T, kSumVectors<T>, N>(rows, count, a, y, stride, d, kLanes, ahead);
+  for (; d < width; d += kLanes) {
+    const int64_t last = width - d < kLanes ? width - d : kLanes;
+    sum_tile<T, 1, N>(rows, count, a, y, stride, d, last, ahead);
+  }
+}
+
+}  // namespace

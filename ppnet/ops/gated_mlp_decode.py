@@ -1,0 +1,120 @@
+"""gated_mlp_decode: an MLP sub-layer for a few tokens, in one pass over its kept neurons.
+
+    y = (z · act(x Gᵀ + g) · (x Uᵀ + u)) W + b      over the neurons idx: rows of G, U (F, D) and W (F, D)
+
+Every kept neuron's three rows are read once, one after the other; nothing is gathered, so any size of a model runs on
+the weights of the whole one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient
+
+ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+define(
+    "gated_mlp_decode(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias,"
+    " Tensor? down_bias, Tensor? idx, Tensor? z, str act) -> Tensor"
+)
+
+
+def gated_mlp_decode(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    *,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    idx: Tensor | None = None,
+    z: Tensor | None = None,
+    act: str = "silu",
+) -> Tensor:
+    """An MLP for at most 8 tokens over its kept neurons.
+
+    Args:
+        x: ``(T, D)``, T <= 8, float32, bfloat16 or float16.
+        up, gate: ``(F, D)`` of x's dtype, rows contiguous: as `nn.Linear` stores them. Without a gate, act is that of up.
+        down: ``(F, D)``, rows contiguous: ``down_proj.weight.t()`` of a weight that is stored unit by unit.
+        up_bias, gate_bias: ``(F,)`` or None. down_bias: ``(D,)`` or None.
+        idx: ``(K,)`` int64 neurons in [0, F), any order; None: all.
+        z: ``(K,)`` float32 gates of the kept neurons, or None.
+        act: silu, gelu (erf), gelu_tanh, relu or relu2.
+
+    Returns:
+        ``(T, D)`` of x's dtype; everything in between is float32 and rounded once. The result does not depend on the
+        number of threads. Not differentiable. Working memory: 32 T D floats at most.
+
+    Raises:
+        RuntimeError: naming the argument and what is allowed.
+    """
+    return torch.ops.ppnet.gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """An activation by its name in ppnet."""
+    functional = torch.nn.functional
+    if act == "gelu_tanh":
+        return functional.gelu(x, approximate="tanh")
+    if act == "relu2":
+        return functional.relu(x).square()
+    if act not in ACTS:
+        raise RuntimeError(f"gated_mlp_decode: act is {act!r}; allowed are {', '.join(ACTS)}")
+    return getattr(functional, act)(x)
+
+
+def gated_mlp_decode_ref(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    *,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    idx: Tensor | None = None,
+    z: Tensor | None = None,
+    act: str = "silu",
+) -> Tensor:
+    """gated_mlp_decode in plain torch."""
+
+    def kept(t: Tensor | None) -> Tensor | None:
+        return t if t is None or idx is None else t.index_select(0, idx)
+
+    linear = torch.nn.functional.linear
+    h = linear(x, kept(up), kept(up_bias))  # type: ignore[arg-type]
+    h = activate(h, act) if gate is None else activate(linear(x, kept(gate), kept(gate_bias)), act) * h  # type: ignore[arg-type]
+    if z is not None:
+        h = (h.float() * z).to(h.dtype)
+    return linear(h, kept(down).t(), down_bias)  # type: ignore[union-attr]
+
+
+@torch.library.impl(LIBRARY, "gated_mlp_decode", "CompositeExplicitAutograd")
+def _gated_mlp_decode_torch(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    idx: Tensor | None,
+    z: Tensor | None,
+    act: str,
+) -> Tensor:
+    return gated_mlp_decode_ref(
+        x, up, down, gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias, idx=idx, z=z, act=act
+    )
+
+
+@torch.library.register_fake("ppnet::gated_mlp_decode", lib=LIBRARY)
+def _gated_mlp_decode_fake(x: Tensor, up: Tensor, *args: object) -> Tensor:
+    return x.new_empty(x.shape[0], up.shape[1])
+
+
+refuse_gradient("gated_mlp_decode", "gated_mlp")
+follow_autocast("gated_mlp_decode", keep=(8,))

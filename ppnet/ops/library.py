@@ -1,0 +1,57 @@
+"""What the operators' definitions share: the library of schemas, the autocast rule, the refusal to differentiate.
+
+Schemas are defined in Python, not in C++, so that the operators exist, trace and differentiate without the extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ppnet.extension  # noqa: F401  registers the compiled kernels
+
+LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
+
+
+def define(schema: str) -> None:
+    """Defines ``ppnet::<schema>``."""
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def follow_autocast(name: str, keep: Collection[int] = ()) -> None:
+    """Under autocast the operator computes in the autocast dtype, as `torch.nn.functional.linear` does.
+
+    Args:
+        name: the operator's name.
+        keep: positions of arguments that stay as they are (gates, which are float32 always).
+    """
+    operator = getattr(torch.ops.ppnet, name).default
+
+    def rule(device: str) -> Callable[..., Any]:
+        def cast(position: int, value: Any, dtype: torch.dtype) -> Any:
+            plain = not isinstance(value, Tensor) or position in keep
+            if plain or not value.is_floating_point() or value.dtype == torch.float64:
+                return value
+            return value.to(dtype)
+
+        def run(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return operator(*(cast(position, value, dtype) for position, value in enumerate(args)))
+
+        return run
+
+    LIBRARY.impl(name, rule("cpu"), "AutocastCPU")
+    LIBRARY.impl(name, rule("cuda"), "AutocastCUDA")
+
+
+def refuse_gradient(name: str, instead: str) -> None:
+    """A backward pass through the operator raises RuntimeError and names the operator to train with."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name}: not differentiable, it is for generation; use {instead}, or torch.no_grad()")
+
+    torch.library.register_autograd(f"ppnet::{name}", backward, lib=LIBRARY)

@@ -1,0 +1,24 @@
+"""Fixtures of the operators' tests: every instruction set of this processor, one and two threads."""
+
+import pytest
+import torch
+
+import ppnet.extension as extension
+
+
+@pytest.fixture(params=extension.supported_isas() or ["torch"])
+def isa(request):
+    """Each instruction set this processor has; "torch" without the extension."""
+    if request.param != "torch":
+        extension.set_isa(request.param)
+    yield request.param
+    if request.param != "torch":
+        extension.set_isa("auto")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
