@@ -1,6 +1,5 @@
 #include "bandwidth.h"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -145,13 +144,15 @@ std::vector<Variant<CopyBody>> copy_variants() {
 }
 
 // Runs body(begin, end) over the shares of `bytes`, on `threads` threads, until `seconds` are over.
-// A pass starts for all threads together; the best pass counts, as other work on the machine only ever slows one down.
+// A pass starts for all threads together, and the first does not count. Returns the mean seconds of a pass: what is
+// compared with it is a mean over calls, and other work on the machine then slows both alike.
 template <class Body>
-double best_pass(long bytes, int threads, double seconds, const Body& body) {
+double mean_pass(long bytes, int threads, double seconds, const Body& body) {
   std::atomic<int> arrived{0};
   std::atomic<long> pass{0};
   std::atomic<bool> stop{false};
-  double best = 1e30;
+  double total = 0.0;
+  long passes = -1;
   Clock::time_point start;
   const auto limit = Clock::now() + std::chrono::duration<double>(seconds);
   const auto share = [&](int t) { return bytes / kPage * t / threads * kPage; };
@@ -168,19 +169,21 @@ double best_pass(long bytes, int threads, double seconds, const Body& body) {
   const auto work = [&](int t) {
     while (true) {
       barrier([&] {
-        stop.store(Clock::now() >= limit && best < 1e30);
+        stop.store(Clock::now() >= limit && passes > 0);
         start = Clock::now();
       });
       if (stop.load()) return;
       body(share(t), share(t + 1));
-      barrier([&] { best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count()); });
+      barrier([&] {
+        if (++passes > 0) total += std::chrono::duration<double>(Clock::now() - start).count();
+      });
     }
   };
   std::vector<std::thread> pool;
   for (int t = 1; t < threads; ++t) pool.emplace_back(work, t);
   work(0);
   for (auto& thread : pool) thread.join();
-  return best;
+  return total / static_cast<double>(passes);
 }
 
 // Pages of its own, whatever the C library keeps: advice only holds for pages that were never touched.
@@ -227,7 +230,7 @@ MemoryProbe::~MemoryProbe() {
 double MemoryProbe::run_read(int body, double seconds) {
   const auto variant = read_variants()[static_cast<size_t>(body)];
   std::atomic<uint64_t> sink{0};
-  const double time = best_pass(bytes_, threads_, seconds, [&](long begin, long end) {
+  const double time = mean_pass(bytes_, threads_, seconds, [&](long begin, long end) {
     sink += variant.body(from_ + begin, end - begin, variant.streams);
   });
   return static_cast<double>(bytes_) / time * 1e-9;
@@ -235,7 +238,7 @@ double MemoryProbe::run_read(int body, double seconds) {
 
 double MemoryProbe::run_copy(int body, double seconds) {
   const auto variant = copy_variants()[static_cast<size_t>(body)];
-  const double time = best_pass(bytes_, threads_, seconds, [&](long begin, long end) {
+  const double time = mean_pass(bytes_, threads_, seconds, [&](long begin, long end) {
     variant.body(to_ + begin, from_ + begin, end - begin, variant.streams);
   });
   return 2.0 * static_cast<double>(bytes_) / time * 1e-9;

@@ -18,7 +18,7 @@ class MemoryProbe {
   MemoryProbe(const MemoryProbe&) = delete;
   MemoryProbe& operator=(const MemoryProbe&) = delete;
 
-  // GB/s of the best pass within `seconds`; copy counts bytes read + bytes written.
+  // GB/s, mean over the passes within `seconds`, at least one; copy counts bytes read + bytes written.
   double read(double seconds);
   double copy(double seconds);
   // Tries every body for `seconds` each.

@@ -87,22 +87,22 @@ PYBIND11_MODULE(_host, m) {
         return bandwidth(&ppnet::MemoryProbe::copy, bytes, threads, seconds);
       },
       py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
-      "GB/s (bytes read + bytes written) of copying `bytes`: the best body's best pass in `seconds`.");
+      "GB/s (bytes read + bytes written) of copying `bytes`: the best body, mean of the passes in `seconds`.");
   m.def(
       "read_bandwidth",
       [](long bytes, int threads, double seconds) {
         return bandwidth(&ppnet::MemoryProbe::read, bytes, threads, seconds);
       },
       py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
-      "GB/s of reading `bytes`: the best body's best pass in `seconds`.");
+      "GB/s of reading `bytes`: the best body, mean of the passes in `seconds`.");
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   py::class_<ppnet::MemoryProbe>(m, "MemoryProbe", "Buffers that stay allocated, for samples between timed calls.")
       .def(py::init(&memory_probe), py::arg("bytes"), py::arg("threads"), py::arg("huge_pages") = true)
       .def("tune", &ppnet::MemoryProbe::tune, py::arg("seconds"), unlocked,
            "Tries every body of reading and copying for `seconds` each; the fastest is used from then on.")
-      .def("read", &ppnet::MemoryProbe::read, py::arg("seconds"), unlocked, "GB/s of the best pass in `seconds`.")
+      .def("read", &ppnet::MemoryProbe::read, py::arg("seconds"), unlocked, "GB/s, mean of the passes in `seconds`.")
       .def("copy", &ppnet::MemoryProbe::copy, py::arg("seconds"), unlocked,
-           "GB/s (bytes read + written) of the best pass in `seconds`.")
+           "GB/s (bytes read + written), mean of the passes in `seconds`.")
       .def_property_readonly("read_body", &ppnet::MemoryProbe::read_body)
       .def_property_readonly("copy_body", &ppnet::MemoryProbe::copy_body);
 }

@@ -53,6 +53,7 @@ Value = TypeVar("Value")
 OPERATORS: dict[str, Cases] = {}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 DEFAULT_CACHE = 32 << 20  # bytes, where the system does not say
+WINDOW = 0.02  # seconds that one provider, or one sample of a ceiling, gets per round
 
 
 def operator(name: str) -> Callable[[Cases], Cases]:
@@ -254,11 +255,11 @@ def _timed(run: Callable[[], Any], calls: int, machine: Ceilings) -> float:
     return (machine.now() - start) / calls
 
 
-def _calls(run: Callable[[], Any], machine: Ceilings, least_seconds: float = 2e-3) -> int:
-    """How often to call a provider in one round, after it was warmed up."""
+def _calls(run: Callable[[], Any], machine: Ceilings) -> int:
+    """Calls of one round, after some to warm up."""
     run()
     once = min(_timed(run, 1, machine) for _ in range(3))
-    return min(1000, max(1, math.ceil(least_seconds / max(once, 1e-7))))
+    return min(1000, max(1, math.ceil(WINDOW / max(once, 1e-7))))
 
 
 def clock(device: torch.device) -> Callable[[], float]:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 import ppnet
 import ppnet.extension as extension
+from ppnet.roofline import case
 from ppnet.roofline.case import DTYPES, Band, clock
 
-OUT_OF_CACHE = 256 << 20  # bytes per buffer; more where the last cache is large
+TUNING = 0.1  # seconds to try each way of doing something
 MATMUL = {"cpu": (512, 2048, 2048), "cuda": (8192, 8192, 8192)}  # M, K, N
 
 
@@ -48,7 +49,7 @@ class Machine:
         self._seconds = seconds
         self.now = clock(self.device)
         self.setting = setting(self.device)
-        samplers, extra = (_cuda_memory if self.device.type == "cuda" else _cpu_memory)(self.device, seconds)
+        samplers, extra = (_cuda_memory if self.device.type == "cuda" else _cpu_memory)(self.device)
         for dtype in (torch.float32, torch.bfloat16):
             samplers[f"matmul {DTYPES[dtype]}"] = _matmul(dtype, self.device, self.now)
         self._samplers: dict[str, tuple[Callable[[float], float], str]] = samplers
@@ -66,7 +67,7 @@ class Machine:
 
     def sample(self, kind: str) -> float:
         """One short measurement of a ceiling now, in GB/s or GFLOP/s."""
-        return self._samplers[kind][0](min(self._seconds, 0.02))
+        return self._samplers[kind][0](min(self._seconds, case.WINDOW))
 
     def known(self, kind: str) -> float | None:
         """The median measured at the start; None for a kind this machine was not measured for."""
@@ -134,11 +135,16 @@ def pages() -> str:
     return "huge" if huge() - before > probe.numel() >> 11 else "ordinary"
 
 
-def _cpu_memory(device: torch.device, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def out_of_cache(last: int) -> int:
+    """Bytes per buffer that a last cache of `last` bytes does not help with."""
+    return max(256 << 20, 4 * last)
+
+
+def _cpu_memory(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     threads = torch.get_num_threads()
     caches = extension.build_info().get("caches", {})
     last = caches.get("l3", 0) if isinstance(caches, dict) else 0
-    size = max(OUT_OF_CACHE, 4 * last)
+    size = out_of_cache(last)
     try:
         host = extension.host()
     except RuntimeError:  # a pure Python installation
@@ -146,7 +152,7 @@ def _cpu_memory(device: torch.device, seconds: float) -> tuple[dict[str, Any], d
 
     def probe(size: int, huge_pages: bool) -> Any:
         made = host.MemoryProbe(size, threads, huge_pages)
-        made.tune(seconds)
+        made.tune(TUNING)
         return made
 
     main, ordinary = probe(size, True), probe(size, False)
@@ -160,8 +166,8 @@ def _cpu_memory(device: torch.device, seconds: float) -> tuple[dict[str, Any], d
     return {"read": (main.read, main.read_body), "copy": (main.copy, main.copy_body)}, extra
 
 
-def _cuda_memory(device: torch.device, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    return _torch_memory(device, 4 * OUT_OF_CACHE, clock(device)), {}
+def _cuda_memory(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    return _torch_memory(device, 1 << 30, clock(device)), {}
 
 
 def _torch_memory(device: torch.device, size: int, now: Callable[[], float]) -> dict[str, Any]:
@@ -169,8 +175,8 @@ def _torch_memory(device: torch.device, size: int, now: Callable[[], float]) -> 
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return {
-        "read": (lambda seconds: size / _best(source.sum, now, seconds) * 1e-9, "torch sum"),
-        "copy": (lambda seconds: 2 * size / _best(lambda: target.copy_(source), now, seconds) * 1e-9, "torch copy_"),
+        "read": (lambda seconds: size / _mean(source.sum, now, seconds) * 1e-9, "torch sum"),
+        "copy": (lambda seconds: 2 * size / _mean(lambda: target.copy_(source), now, seconds) * 1e-9, "torch copy_"),
     }
 
 
@@ -179,9 +185,9 @@ def _matmul(dtype: torch.dtype, device: torch.device, now: Callable[[], float]) 
     m, k, n = MATMUL[device.type]
     x, w = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
     ways = matmuls(x, w)
-    times = {name: _best(run, now, 0.1) for name, run in ways.items()}
+    times = {name: _mean(run, now, TUNING) for name, run in ways.items()}
     name = min(times, key=lambda each: times[each])
-    return lambda seconds: 2 * m * k * n / _best(ways[name], now, seconds) * 1e-9, name
+    return lambda seconds: 2 * m * k * n / _mean(ways[name], now, seconds) * 1e-9, name
 
 
 def matmuls(x: Tensor, w: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -199,14 +205,13 @@ def matmuls(x: Tensor, w: Tensor) -> dict[str, Callable[[], Tensor]]:
     return ways
 
 
-def _best(run: Callable[[], Any], now: Callable[[], float], seconds: float) -> float:
-    """Seconds of the fastest call within `seconds`, after one that does not count."""
+def _mean(run: Callable[[], Any], now: Callable[[], float], seconds: float) -> float:
+    """Mean seconds of the calls within `seconds`, at least one, after one that does not count."""
     run()
-    best, limit = float("inf"), now() + seconds
+    start, calls = now(), 0
     while True:
-        start = now()
         run()
-        end = now()
-        best = min(best, end - start)
-        if end >= limit:
-            return best
+        calls += 1
+        elapsed = now() - start
+        if elapsed >= seconds:
+            return elapsed / calls
