@@ -7,7 +7,7 @@
 namespace ppnet {
 
 // Two buffers that stay allocated, so that a sample between two timed calls costs a few passes and no page faults.
-// Reading and copying each have several bodies (vector width of the processor, 1 to 8 streams per thread, plain or
+// Reading and copying each have several bodies (vector width of the processor, 1 to 4 streams per thread, plain or
 // non-temporal stores); `tune` finds the fastest of them here, once.
 class MemoryProbe {
  public:
@@ -21,7 +21,7 @@ class MemoryProbe {
   // GB/s, mean over the passes within `seconds`, at least one; copy counts bytes read + bytes written.
   double read(double seconds);
   double copy(double seconds);
-  // Tries every body for `seconds` each.
+  // Tries every body for `seconds` in all, in turns.
   void tune(double seconds);
   std::string read_body() const;
   std::string copy_body() const;

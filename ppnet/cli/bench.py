@@ -40,7 +40,9 @@ Out = Annotated[Path | None, typer.Option(help="Folder for result.json, result.c
 Against = Annotated[Path | None, typer.Option(help="An earlier result.json, or its folder: what became slower?")]
 Rounds = Annotated[int | None, typer.Option(help="Timed rounds of a model; default: 5. The median counts.")]
 RATIOS = "x: how many times faster ours is; medians of paired rounds; ceilings sampled in the same rounds"
-MARKED = "marked: the bands (p20 to p80) of the time and of % of ideal are both apart"
+MARKED = (
+    "marked: the bands (p20 to p80) of the time and of % of ideal are both apart; measure again before you believe it"
+)
 MARKS = {"slower": "▼ slower", "faster": "▲ faster"}
 
 

@@ -50,7 +50,7 @@ def _roof(axis: Axes, theme: Theme, result: Result, looks: dict[str, tuple[str, 
     assert read and copy and flat
     intensities = [row.flops / row.bytes for row in rows]
     low, high = min([0.1, *intensities]), max([12 * max(flat.values()) / min(read, copy), *intensities])
-    rates = [row.flops / band.median * 1e-9 for row in rows for band in _shown(row).values()]
+    rates = [rate for row in rows for rate in _rates(result, row)]
     log_scale(axis, "x", low, high)
     log_scale(axis, "y", min([low * min(read, copy) / 3, *rates]), max(flat.values()) * 1.6)
     left, right = axis.get_xlim()
@@ -73,12 +73,12 @@ def _roof(axis: Axes, theme: Theme, result: Result, looks: dict[str, tuple[str, 
     for row in rows:
         colour, marker = looks[row.operator]
         at = row.flops / row.bytes
-        points = [row.flops / band.median * 1e-9 for band in _shown(row).values()]
+        points = _rates(result, row)
         axis.plot([at] * len(points), points, color=colour, linewidth=0.9, alpha=0.6, zorder=3)
         for index, y in enumerate(points):
             face = colour if index == 0 else theme.background
             axis.plot([at], [y], marker=marker, color=colour, markerfacecolor=face, markersize=6, zorder=5 - index)
-    labels(axis, theme, "arithmetic intensity: FLOPs per byte that must move", "GFLOP/s")
+    labels(axis, theme, "arithmetic intensity: FLOPs per byte that must move", "GFLOP/s, at the ceilings drawn")
     slopes: dict[str, Any] = {f"read bandwidth, {read:.0f} GB/s": "-", f"copy bandwidth, {copy:.0f} GB/s": (0, (5, 2))}
     hollow = {"marker": "o", "color": theme.faint, "markerfacecolor": theme.background}
     handles: list[Any] = [
@@ -98,10 +98,12 @@ def _key(name: str, **look: Any) -> Line2D:
     return Line2D([], [], linestyle="none", label=name, **look)
 
 
-def _shown(row: Row) -> dict[str, Any]:
-    """Ours and the best baseline."""
-    ours = next(iter(row.seconds))
-    return {name: row.seconds[name] for name in (ours, row.best) if name is not None}
+def _rates(result: Result, row: Row) -> list[float]:
+    """GFLOP/s of ours and of the best baseline, as they would be under the ceiling drawn: that of the case's own rounds
+    may be another one, and a point is to be as far below its roof as it was measured to be."""
+    drawn = _ceiling(result, f"matmul {row.dtype}" if row.bound == "matmul" else row.bound) or row.ceiling.median
+    shares = [share for share in (row.share.median, row.best_share) if share is not None]
+    return [share * row.flops / row.ideal * drawn / row.ceiling.median * 1e-9 for share in shares]
 
 
 def _shares(axis: Axes, theme: Theme, rows: Sequence[Row], looks: dict[str, tuple[str, str]]) -> None:

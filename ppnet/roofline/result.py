@@ -133,18 +133,21 @@ class Change:
 
 
 def compare(before: Result, now: Result) -> tuple[list[Change], list[str]]:
-    """Every case of either result, and what has to be known about the comparison (other machine, other ceilings).
+    """Every case of the operators measured now, and what has to be known about it (other machine, other ceilings).
 
     "slower" takes both: the bands (20th to 80th percentile) of the seconds are apart, and so are those of the share of
     the ideal. A machine that is slower as a whole moves the first alone, and is told in the notes.
     """
-    old, new = ({_key(row): row for row in result.rows} for result in (before, now))
+    operators = {row.operator for row in now.rows}
+    old, new = ({_key(row): row for row in result.rows if row.operator in operators} for result in (before, now))
     changes = [_change(old.get(key), new.get(key)) for key in dict.fromkeys([*new, *old])]
     notes = [
         f"another {key}: then {before.machine.get(key)}, now {now.machine.get(key)}"
         for key in MACHINE_KEYS
         if before.machine.get(key) != now.machine.get(key)
     ]
+    if before.size != now.size:
+        notes.append(f"then a {before.size} run, now a {now.size} one: not the same cases")
     for kind, figure in now.machine.get("ceilings", {}).items():
         then = before.machine.get("ceilings", {}).get(kind)
         if then and _apart(then["value"], figure["value"]):
