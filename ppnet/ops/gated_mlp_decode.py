@@ -38,7 +38,7 @@ def gated_mlp_decode(
 
     Args:
         x: ``(T, D)``, T <= 8, float32, bfloat16 or float16.
-        up, gate: ``(F, D)`` of x's dtype, rows contiguous: as `nn.Linear` stores them. Without a gate, act is that of up.
+        up, gate: ``(F, D)`` of x's dtype, rows contiguous: as `nn.Linear` stores them. No gate: act is that of up.
         down: ``(F, D)``, rows contiguous: ``down_proj.weight.t()`` of a weight that is stored unit by unit.
         up_bias, gate_bias: ``(F,)`` or None. down_bias: ``(D,)`` or None.
         idx: ``(K,)`` int64 neurons in [0, F), any order; None: all.

@@ -66,9 +66,7 @@ def linear_t_decode(
     return torch.ops.ppnet.linear_t_decode(x, weight, bias, idx, z)
 
 
-def linear_decode_ref(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx: Tensor | None = None
-) -> Tensor:
+def linear_decode_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx: Tensor | None = None) -> Tensor:
     """linear_decode in plain torch."""
     if idx is not None:
         weight = weight.index_select(0, idx)

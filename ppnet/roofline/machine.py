@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,19 +193,25 @@ def _matmul(dtype: torch.dtype, device: torch.device, now: Callable[[], float]) 
     return lambda seconds: 2 * m * k * n / _mean(ways[name], now, seconds) * 1e-9, name
 
 
-def matmuls(x: Tensor, w: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """x (M, K) times w (N, K) transposed, in every way torch has: its own, oneDNN, oneDNN with the weight prepacked."""
-    ways: dict[str, Callable[[], Tensor]] = {"torch linear": lambda: torch.nn.functional.linear(x, w)}
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def linears(w: Tensor, tokens: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """x (tokens, K) -> x wᵀ for w (N, K), in every way torch has: its own, oneDNN, oneDNN with the weight prepacked."""
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"torch linear": lambda x: torch.nn.functional.linear(x, w)}
+    if w.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return ways
     with suppress(AttributeError, RuntimeError):  # a torch without these operators, or a dtype the processor lacks
         pointwise = torch.ops.mkldnn._linear_pointwise
-        pointwise(x, w, None, "none", [], "")
-        ways["oneDNN"] = lambda: pointwise(x, w, None, "none", [], "")
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0])
-        pointwise(x, packed, None, "none", [], "")
-        ways["oneDNN prepacked"] = lambda: pointwise(x, packed, None, "none", [], "")
+        probe = w.new_zeros(tokens, w.shape[1])
+        pointwise(probe, w, None, "none", [], "")
+        ways["oneDNN"] = lambda x: pointwise(x, w, None, "none", [], "")
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, tokens)
+        pointwise(probe, packed, None, "none", [], "")
+        ways["oneDNN prepacked"] = lambda x: pointwise(x, packed, None, "none", [], "")
     return ways
+
+
+def matmuls(x: Tensor, w: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """x (M, K) times w (N, K) transposed, in every way of `linears`."""
+    return {name: partial(run, x) for name, run in linears(w, x.shape[0]).items()}
 
 
 def _mean(run: Callable[[], Any], now: Callable[[], float], seconds: float) -> float:

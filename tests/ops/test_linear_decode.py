@@ -1,4 +1,4 @@
-"""linear_decode and linear_t_decode: against float64 for every width, selection and instruction set; errors, tracing."""
+"""linear_decode and linear_t_decode against float64: every width, selection, instruction set; errors and tracing."""
 
 import pytest
 import torch
@@ -28,10 +28,14 @@ def double(*tensors):
 def check(operator, reference, x, weight, bias=None, **options):
     """The operator against its reference in float64, and the reference in the same dtype."""
     wide = double(x, weight, bias)
-    options64 = {name: value.double() if name == "z" and value is not None else value for name, value in options.items()}
+    options64 = {
+        name: value.double() if name == "z" and value is not None else value for name, value in options.items()
+    }
     exact = reference(*wide, **options64)
     magnitude = reference(*(None if t is None else t.abs() for t in wide), **options64)
-    assert_as_accurate(operator(x, weight, bias, **options), reference(x, weight, bias, **options), exact, magnitude.abs())
+    assert_as_accurate(
+        operator(x, weight, bias, **options), reference(x, weight, bias, **options), exact, magnitude.abs()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,7 +127,10 @@ X, W = torch.randn(2, 6), torch.randn(4, 6)
         ((X, W.bfloat16()), r"weight has dtype BFloat16; it must be Float \(the dtype of x\)"),
         ((X[:, :5], W), r"x has shape \(2, 5\); it must be \(T, D\), D that of the weight = \(any, 6\)"),
         ((X, W[0]), r"weight has shape \(6,\); it must have two axes"),
-        ((torch.randn(2, 4), W.t()), r"weight of shape \(6, 4\) has strides \(1, 6\); its rows must be contiguous.*accelerate"),
+        (
+            (torch.randn(2, 4), W.t()),
+            r"weight of shape \(6, 4\) has strides \(1, 6\); its rows must be contiguous.*accelerate",
+        ),
         ((X, W, torch.randn(5)), r"bias has shape \(5,\); it must be one entry per output = \(4,\)"),
         ((X, W, None, torch.tensor([4])), r"idx\[0\] is 4; allowed are 0 \.\. 3"),
         ((X, W, None, torch.tensor([0, -1])), r"idx\[1\] is -1"),
