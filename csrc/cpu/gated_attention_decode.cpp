@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kValueBlock = 64;   // positions whose values stay in the first-level cache while rows of weights change
-constexpr int64_t kAheadBytes = 4096;  // distance of the prefetch
+constexpr int64_t kAheadBytes = 8192;  // distance of the prefetch, into the second-level cache
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -172,7 +172,7 @@ template <class T>
 void prefetch_rows(const Rows<T>& rows, const int32_t* position, int64_t n) {
   for (int64_t j = 0; j < n; ++j)
     for (int64_t d = 0; d < rows.width; d += 64 / static_cast<int64_t>(sizeof(T)))
-      __builtin_prefetch(rows.at(position[j]) + d);
+      __builtin_prefetch(rows.at(position[j]) + d, 0, 2);
 }
 
 template <class T>
@@ -248,7 +248,7 @@ void add_values(const Scratch& s, const Rows<T>& values, const Plan& plan, int64
     const float* weight = s.score + j;
     const int32_t* position = s.position + j;
     int64_t r = 0, distance = ahead * values.stride;
-    for (; r + 4 <= rows; r += 4, distance = 0)
+    for (; values.width <= 2 * kPair && r + 4 <= rows; r += 4, distance = 0)
       value_rows<T, 4>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded, padded);
     for (; r + 2 <= rows; r += 2, distance = 0)
       value_rows<T, 2>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded, padded);

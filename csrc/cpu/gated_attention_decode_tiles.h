@@ -102,8 +102,8 @@ inline vfloat sum_each(const vfloat* x) {
 
 template <class T>
 inline void prefetch_pair(const T* p) {
-  __builtin_prefetch(p);
-  if (kPair * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + 64);
+  __builtin_prefetch(p, 0, 2);
+  if (kPair * sizeof(T) > 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + 64, 0, 2);
 }
 
 // A cache's rows of one KV head, and the positions of them that some query attends to.
@@ -121,29 +121,23 @@ void score_tile(const float* q, int64_t q_stride, const Rows<T>& keys, const int
   constexpr int kKeys = kLanes / kQueries;
   using P = Product<T>;
   for (int first = 0; first < kLanes; first += kKeys) {
-    const T* row[kKeys];
-    PPNET_UNROLL
-    for (int k = 0; k < kKeys; ++k) row[k] = keys.at(position[first + k]);
     vfloat total[kLanes];
     PPNET_UNROLL
     for (int i = 0; i < kLanes; ++i) total[i] = splat(0);
-    int64_t d = 0;
-    for (; d + kPair <= keys.width; d += kPair) {
-      typename P::Operand query[kQueries];
-      PPNET_UNROLL
-      for (int i = 0; i < kQueries; ++i) query[i] = P::query(q + i * q_stride + d);
-      PPNET_UNROLL
-      for (int k = 0; k < kKeys; ++k) {
-        if (ahead) prefetch_pair(row[k] + ahead + d);
-        const auto key = P::key(row[k] + d);
+    // Row after row, as the processor's own prefetch expects it.
+    PPNET_UNROLL
+    for (int k = 0; k < kKeys; ++k) {
+      const T* row = keys.at(position[first + k]);
+      int64_t d = 0;
+      for (; d + kPair <= keys.width; d += kPair) {
+        if (ahead) prefetch_pair(row + ahead + d);
+        const auto key = P::key(row + d);
         PPNET_UNROLL
-        for (int i = 0; i < kQueries; ++i) total[i * kKeys + k] = P::add(total[i * kKeys + k], query[i], key);
+        for (int i = 0; i < kQueries; ++i)
+          total[i * kKeys + k] = P::add(total[i * kKeys + k], P::query(q + i * q_stride + d), key);
       }
-    }
-    if (d < keys.width) {
-      PPNET_UNROLL
-      for (int k = 0; k < kKeys; ++k) {
-        const auto key = P::key(row[k] + d, keys.width - d);
+      if (d < keys.width) {
+        const auto key = P::key(row + d, keys.width - d);
         PPNET_UNROLL
         for (int i = 0; i < kQueries; ++i)
           total[i * kKeys + k] = P::add(total[i * kKeys + k], P::query(q + i * q_stride + d), key);
