@@ -1,6 +1,7 @@
 """gated_attention_decode: attention of a few new tokens over a KV cache, reading only the kept KV groups.
 
-    out[b, h, t] = gate[g] · Σ_s softmax_s(scale · ⟨query[b, h, t], key[b, groups[g], s]⟩ + mask[b, h, t, s]) · value[b, groups[g], s]
+    out[b, h, t] = gate[g] · Σ_s p[s] · value[b, groups[g], s]
+    p = softmax_s(scale · ⟨query[b, h, t], key[b, groups[g], s]⟩ + mask[b, h, t, s])
 
 with g = h // (H / G). A query that may attend to nothing gives 0 (torch's SDPA gives NaN or, from 2.5 on, 0).
 """
