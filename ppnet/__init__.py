@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ppnet.accelerate import accelerate, decelerate
 from ppnet.checkpoint import load, save
 from ppnet.compact import compact
 from ppnet.extension import build_info
@@ -40,8 +41,10 @@ __all__ = [
     "PuppetConfig",
     "PuppetTrainer",
     "PuppetTrainerMixin",
+    "accelerate",
     "build_info",
     "compact",
+    "decelerate",
     "evaluate",
     "inspect",
     "load",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet import ops
+from ppnet.decode import Kept, linear
 from ppnet.units import Site, leaf_module
 
 if TYPE_CHECKING:
@@ -19,23 +20,46 @@ class Binding:
     """What a leaf computes with: its own weights (`weight` None), or bound ones; `capture` collects its input instead.
 
     Not part of the module's state: a deep copy starts unbound (bound tensors carry autograd graphs).
+
+    Attributes:
+        weight, bias: bound in place of the leaf's own.
+        kept: with its own weights: the features that are computed, or None for all.
+        decode: whether the leaf's own weights go through the decode operators where these apply.
+        by_input: whether the units are inputs of the leaf.
+        features: dense number of features of the leaf's output.
     """
 
-    __slots__ = ("bias", "capture", "features", "weight")
+    __slots__ = ("bias", "by_input", "capture", "decode", "features", "kept", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, features: int, by_input: bool) -> None:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.features = 0
+        self.kept: Kept | None = None
+        self.features, self.by_input = features, by_input
+        self.decode = False
         self.capture: list[Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        clone = Binding()
-        clone.features = self.features
+        clone = Binding(self.features, self.by_input)
+        clone.decode = self.decode
         return clone
 
-    def set(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    @property
+    def overrides(self) -> bool:
+        """Whether the leaf does something else than a product with its own weights."""
+        return self.weight is not None or self.capture is not None
+
+    def set(self, weight: Tensor | None, bias: Tensor | None, kept: Kept | None = None) -> None:
+        self.weight, self.bias, self.kept = weight, bias, kept
+
+    def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The leaf's output for its own weight ``(out, in)`` and bias."""
+        if self.capture is not None:
+            self.capture.append(input)
+            return input.new_zeros((*input.shape[:-1], self.features))
+        if self.decode and self.weight is None:
+            return linear(input, weight, bias, self.by_input, self.kept)
+        return nn.functional.linear(input, weight, bias)
 
 
 class GatedLeaf(Protocol):
@@ -47,24 +71,19 @@ class GatedLeaf(Protocol):
 
 
 def linear_forward(self: GatedLeaf, input: Tensor) -> Tensor:
-    """Forward of a gated `nn.Linear`: the bound weights when there are any."""
+    """Forward of a patched `nn.Linear`: the bound weights when there are any."""
     binding = self._ppnet_binding
-    if binding.capture is not None:
-        binding.capture.append(input)
-        return input.new_zeros((*input.shape[:-1], binding.features))
     if binding.weight is None:
-        return nn.functional.linear(input, self.weight, self.bias)
-    return nn.functional.linear(input, binding.weight, binding.bias)
+        return binding.run(input, self.weight, self.bias)
+    return binding.run(input, binding.weight, binding.bias)
 
 
 def conv1d_forward(self: GatedLeaf, input: Tensor) -> Tensor:
-    """Forward of a gated transformers `Conv1D`, whose weight is (in, out)."""
+    """Forward of a patched transformers `Conv1D`, whose weight is (in, out)."""
     binding = self._ppnet_binding
-    if binding.capture is not None:
-        binding.capture.append(input)
-        return input.new_zeros((*input.shape[:-1], binding.features))
-    weight, bias = (self.weight, self.bias) if binding.weight is None else (binding.weight, binding.bias)
-    return nn.functional.linear(input, weight.t(), bias)
+    if binding.weight is None:
+        return binding.run(input, self.weight.t(), self.bias)
+    return binding.run(input, binding.weight.t(), binding.bias)
 
 
 def gather_site(
@@ -111,12 +130,13 @@ def gather_site(
     return result
 
 
-def patch_leaf(module: nn.Linear | Conv1D) -> None:
-    """Gives a leaf a binding and the forward that honours it."""
-    module.__dict__["_ppnet_binding"] = binding = Binding()
-    linear = isinstance(module, nn.Linear)
-    binding.features = module.weight.shape[0 if linear else 1]
-    module.__dict__["forward"] = MethodType(linear_forward if linear else conv1d_forward, module)
+def patch_leaf(module: nn.Linear | Conv1D, by_input: bool) -> Binding:
+    """Gives a linear module a binding and the forward that honours it."""
+    linear_module = isinstance(module, nn.Linear)
+    binding = Binding(module.weight.shape[0 if linear_module else 1], by_input)
+    module.__dict__["_ppnet_binding"] = binding
+    module.__dict__["forward"] = MethodType(linear_forward if linear_module else conv1d_forward, module)
+    return binding
 
 
 def unpatch_leaf(module: nn.Linear | Conv1D) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppnet.accelerate import take_off
 from ppnet.equivalence import check_equivalent
 from ppnet.errors import EquivalenceError, PlanError
 from ppnet.families import FAMILIES
@@ -25,7 +26,7 @@ from ppnet.shipped import shipped
 from ppnet.size import plan as plan_for_size
 from ppnet.size import refuse_options
 from ppnet.units import Leaf, Site, Structure
-from ppnet.wrap import is_wrapped, strip, structure_for
+from ppnet.wrap import is_accelerated, is_wrapped, strip, structure_for
 
 Scales = Sequence[tuple[Tensor | None, Tensor | None]]
 
@@ -167,6 +168,8 @@ def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
     for site, scale in zip(structure.sites, scales, strict=True):
         memo.update(_kept_parameters(model, site, torch.tensor(plan.kept[site.name]), scale))
     small = copy.deepcopy(model, memo)
+    if is_accelerated(small):
+        take_off(small)
     if is_wrapped(small):
         strip(small)
     for site in structure.sites:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ppnet.binding import Binding, GatedLeaf, gather_site
+from ppnet.decode import Kept
 from ppnet.errors import TrainingError
 from ppnet.gates.draw import Draw
 from ppnet.gates.puppet import Puppet
@@ -61,6 +62,7 @@ class Engine:
         fixed: the size set by `ppnet.resize`, or None.
         force_dense: passes are lambda = 0 passes, whatever the size and the mode.
         bypass: passes are the plain model's, without any gate or amplitude.
+        by_index: without gradients, a size is computed from the whole weights through indices (`ppnet.accelerate`).
         stale: what is bound may not be what the next pass needs.
     """
 
@@ -69,6 +71,7 @@ class Engine:
     fixed: Plan | None = None
     force_dense: bool = False
     bypass: bool = False
+    by_index: bool = False
     stale: bool = True
     active: list[SitePass | None] = field(default_factory=list)
     bound: bool = False
@@ -79,7 +82,9 @@ class Engine:
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         import copy
 
-        return Engine(copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo), self.fixed)
+        clone = Engine(copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo), self.fixed)
+        clone.by_index = self.by_index
+        return clone
 
     def __post_init__(self) -> None:
         self.sites = self.puppet.structure.sites
@@ -279,10 +284,20 @@ class Engine:
     def _bind(self, index: int, site_pass: SitePass) -> None:
         site = self.sites[index]
         self.active[index] = site_pass
-        bound = gather_site(self.model, site, site_pass.computed, site_pass.gate)
-        for leaf in site.leaves:
-            self.binding(leaf).set(*bound[leaf.name])
+        if self.by_index and not torch.is_grad_enabled():
+            for leaf in site.leaves:
+                self.binding(leaf).set(None, None, self._kept(leaf, site_pass))
+        else:
+            bound = gather_site(self.model, site, site_pass.computed, site_pass.gate)
+            for leaf in site.leaves:
+                self.binding(leaf).set(*bound[leaf.name])
         self.set_attributes(site, len(site_pass.computed))
+
+    def _kept(self, leaf: Leaf, site_pass: SitePass) -> Kept:
+        gate = None
+        if leaf.role == "out" and site_pass.gate is not None:
+            gate = site_pass.gate.detach().float().repeat_interleave(leaf.features_per_unit)
+        return Kept(leaf.features(site_pass.computed).to(leaf_module(self.model, leaf).weight.device), gate)
 
     # ---- sub-layer hooks -----------------------------------------------------------------------------------------
 

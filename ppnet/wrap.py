@@ -15,6 +15,7 @@ from ppnet.units import Site, Structure, leaf_module
 
 Model = TypeVar("Model", bound=nn.Module)
 ENGINE = "_ppnet_engine"
+ACCELERATED = "_ppnet_accelerated"
 
 
 class SubLayerHook:
@@ -37,6 +38,11 @@ class AttachDropped(SubLayerHook):
 def is_wrapped(model: nn.Module) -> bool:
     """Whether `model` carries gates."""
     return ENGINE in model.__dict__
+
+
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether the decode operators are under `model` (`ppnet.accelerate`)."""
+    return ACCELERATED in model.__dict__
 
 
 def engine_of(model: nn.Module) -> Engine:
@@ -87,6 +93,11 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
             f"model: this {type(model).__name__} is already gated (model.puppet); use it as it is, or call "
             "ppnet.unwrap(model) first to attach new gates."
         )
+    if is_accelerated(model):
+        raise UnsupportedModelError(
+            f"model: this {type(model).__name__} is accelerated; call ppnet.decelerate(model) first, then wrap it, and "
+            "accelerate it again if you want."
+        )
     structure = select_kinds(structure_of(model), config.kinds)
     puppet = Puppet(model, structure, config)
     engine = Engine(model, puppet)
@@ -100,7 +111,7 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     model.register_forward_hook(engine.after_forward)
     for index, site in enumerate(structure.sites):
         for leaf in site.leaves:
-            patch_leaf(leaf_module(model, leaf))
+            patch_leaf(leaf_module(model, leaf), by_input=leaf.role == "out")
         block = model.get_submodule(site.block)
         block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
         block.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
@@ -118,10 +129,16 @@ def select_kinds(structure: Structure, kinds: tuple[str, ...]) -> Structure:
 def unwrap(model: Model) -> Model:
     """Takes the gates off, in place: the model is the plain dense model again, with its weights as they are.
 
+    An accelerated model is decelerated first.
+
     Raises:
         UnsupportedModelError: the model carries no gates.
     """
     engine_of(model)
+    if is_accelerated(model):
+        from ppnet.accelerate import take_off
+
+        take_off(model)
     return strip(model)
 
 

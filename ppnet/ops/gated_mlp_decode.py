@@ -20,6 +20,9 @@ define(
     " Tensor? down_bias, Tensor? idx, Tensor? z, str act) -> Tensor"
 )
 
+# The packet torch.ops.ppnet.gated_mlp_decode looks its overload up at every call.
+_gated_mlp_decode = torch.ops.ppnet.gated_mlp_decode.default
+
 
 def gated_mlp_decode(
     x: Tensor,
@@ -52,7 +55,7 @@ def gated_mlp_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    return torch.ops.ppnet.gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
+    return _gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
 
 
 def activate(x: Tensor, act: str) -> Tensor:

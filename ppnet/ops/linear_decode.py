@@ -18,6 +18,10 @@ MOST_TOKENS = 8
 define("linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? idx) -> Tensor")
 define("linear_t_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? idx, Tensor? z) -> Tensor")
 
+# The packets torch.ops.ppnet.<name> look their overload up at every call.
+_linear_decode = torch.ops.ppnet.linear_decode.default
+_linear_t_decode = torch.ops.ppnet.linear_t_decode.default
+
 
 def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx: Tensor | None = None) -> Tensor:
     """x W[idx]ᵀ + bias[idx] for at most 8 tokens.
@@ -35,7 +39,7 @@ def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx:
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    return torch.ops.ppnet.linear_decode(x, weight, bias, idx)
+    return _linear_decode(x, weight, bias, idx)
 
 
 def linear_t_decode(
@@ -63,7 +67,7 @@ def linear_t_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    return torch.ops.ppnet.linear_t_decode(x, weight, bias, idx, z)
+    return _linear_t_decode(x, weight, bias, idx, z)
 
 
 def linear_decode_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx: Tensor | None = None) -> Tensor:

@@ -4,6 +4,7 @@ compacted beforehand, computed in torch's own ways, and against the dense MLP ti
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,11 @@ silu = torch.nn.functional.silu
 def _library(up: Tensor, gate: Tensor, down: Tensor, tokens: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """x -> the MLP of already compacted weights, one entry per way that torch has to multiply."""
     ups, gates, downs = (linears(weight, tokens) for weight in (up, gate, down))
-    return {way: (lambda x, way=way: downs[way](silu(gates[way](x)) * ups[way](x))) for way in ups}
+
+    def mlp(way: str, x: Tensor) -> Tensor:
+        return downs[way](silu(gates[way](x)) * ups[way](x))
+
+    return {way: partial(mlp, way) for way in ups}
 
 
 def _plain(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""ppnet.accelerate: same results in every family, form and mode of use, weights untouched, and off again."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import MODEL_TYPES, tiny, token_ids
+from transformers import AutoModelForCausalLM
+
+from ppnet import accelerate, compact, decelerate, resize, unwrap, wrap
+from ppnet.decode import recognise
+from ppnet.errors import UnsupportedModelError
+from ppnet.units import leaf_module
+from ppnet.wrap import is_accelerated, structure_for
+
+TOLERANCE = 4e-6
+
+
+def generate(model, ids, **options):
+    return model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, **options)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Counts the calls of the decode operators."""
+    calls = {}
+    for module, name in (
+        ("ppnet.ops", "gated_mlp_decode"),
+        ("ppnet.ops", "linear_decode"),
+        ("ppnet.ops", "linear_t_decode"),
+        ("ppnet.accelerate", "gated_attention_decode"),
+    ):
+        original = getattr(sys.modules[module], name)
+
+        def counted(*args, _name=name, _original=original, **options):
+            calls[_name] = calls.get(_name, 0) + 1
+            return _original(*args, **options)
+
+        monkeypatch.setattr(sys.modules[module], name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_dense_model_decodes_the_same(model_type, used):
+    model, ids = tiny(model_type), token_ids(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # left padding
+    expected, tokens = logits(model, ids[:, :3]), generate(model, ids)
+    padded = generate(model, ids, attention_mask=mask)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert accelerate(model) is model
+    used.clear()  # of the comparison of each MLP with its class's forward
+    assert (logits(model, ids[:, :3]) - expected).abs().max() <= TOLERANCE
+    assert torch.equal(generate(model, ids), tokens)
+    assert torch.equal(generate(model, ids, attention_mask=mask), padded)
+    assert torch.equal(generate(model, ids, cache_implementation="static"), tokens)
+    assert set(used) == {"gated_mlp_decode", "linear_decode", "linear_t_decode", "gated_attention_decode"}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_size_on_the_same_weights(model_type):
+    """A resized model computes through indices: no copies of weights, same logits, tokens and gates as before."""
+    ids, model = token_ids(2, 7), wrap(tiny(model_type))
+    with torch.no_grad():
+        for parameter in model.puppet.parameters():  # amplitudes and thresholds that are not neutral
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    expected = {}
+    for size in (1.0, 0.7, 0.5):
+        with resize(model, size):
+            expected[size] = logits(model, ids), logits(model, ids[:, :2]), generate(model, ids)
+    accelerate(model)
+    site = structure_for(model).sites[1]
+    for size, (long, few, tokens) in expected.items():
+        with resize(model, size):
+            assert leaf_module(model, site.consumer)._ppnet_binding.weight is None
+            assert (logits(model, ids) - long).abs().max() <= TOLERANCE
+            assert (logits(model, ids[:, :2]) - few).abs().max() <= TOLERANCE
+            assert torch.equal(generate(model, ids), tokens)
+            small = compact(model, size)
+        assert not hasattr(small, "puppet") and not is_accelerated(small)
+        accelerate(small)
+        assert (logits(small, ids[:, :2]) - few).abs().max() <= TOLERANCE
+        assert torch.equal(generate(small, ids), tokens)
+
+
+def test_resizing_moves_no_weights():
+    model = accelerate(wrap(tiny("llama")))
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    for size in (0.8, 0.5):
+        resize(model, size)
+        logits(model, token_ids(1, 1))
+    assert before == {name: value.data_ptr() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, ids = tiny("llama", dtype=dtype), token_ids(2, 4)
+    exact, own = logits(copy.deepcopy(model).double(), ids), logits(model, ids)
+    ours = logits(accelerate(model), ids)
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).abs().mean() <= 2 * (own.double() - exact).abs().mean()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_training_is_as_before(model_type):
+    """Gates draw, gradients flow and checkpointing recomputes on an accelerated model as on any other."""
+    ids = token_ids(3, 11)
+    gradients = []
+    for faster in (False, True):
+        model = wrap(tiny(model_type)).train()
+        if faster:
+            accelerate(model)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_runs_the_models_own_way(used):
+    model, ids = accelerate(tiny("llama")), token_ids(2, 3)
+    used.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = logits(model, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (ours - logits(decelerate(model), ids)).abs().max() <= 0.05
+    assert not {"linear_decode", "linear_t_decode", "gated_mlp_decode"} & set(used)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_compile_and_export(model_type):
+    model, ids = accelerate(tiny(model_type)), token_ids(2, 3)
+    expected = logits(model, ids)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert (compiled(ids, use_cache=False).logits - expected).abs().max() <= TOLERANCE
+        exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+        assert (exported.module()(ids, use_cache=False).logits - expected).abs().max() <= TOLERANCE
+
+
+def test_compiled_resized_model():
+    ids, model = token_ids(2, 3), accelerate(wrap(tiny("llama")))
+    resize(model, 0.6)
+    expected = logits(model, ids)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert (compiled(ids, use_cache=False).logits - expected).abs().max() <= TOLERANCE
+
+
+def test_saved_model_is_a_plain_one(tmp_path):
+    """save_pretrained of an accelerated model; a process that never saw ppnet loads it and computes the same."""
+    model, ids = tiny("llama"), token_ids(2, 5)
+    expected = generate(model, ids)
+    accelerate(model).save_pretrained(tmp_path)
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        f"ids = torch.tensor({ids.tolist()})\n"
+        "out = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)\n"
+        "assert 'ppnet' not in sys.modules\n"
+        "print(out.tolist())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == str(expected.tolist())
+    again = accelerate(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert torch.equal(generate(again, ids), expected)
+
+
+def test_deep_copies_are_independent():
+    model, ids = accelerate(wrap(tiny("llama"))), token_ids(1, 2)
+    clone = copy.deepcopy(model)
+    resize(clone, 0.5)
+    small = logits(clone, ids)
+    assert (logits(model, ids) - small).abs().max() > 1e-3
+    decelerate(clone)
+    assert (logits(clone, ids) - small).abs().max() <= TOLERANCE
+    assert is_accelerated(model)
+
+
+def test_decelerate_and_unwrap():
+    ids = token_ids(1, 3)
+    plain = tiny("llama")
+    expected, forward = logits(plain, ids), type(plain.model.layers[0].mlp).forward
+    decelerate(accelerate(plain))
+    assert plain.config._attn_implementation == "sdpa"
+    assert plain.model.layers[0].mlp.forward.__func__ is forward
+    assert not any("_ppnet_binding" in module.__dict__ for module in plain.modules())
+    assert (logits(plain, ids) - expected).abs().max() <= TOLERANCE
+    gated = accelerate(wrap(plain))
+    assert (logits(unwrap(gated), ids) - expected).abs().max() <= TOLERANCE
+    assert not is_accelerated(gated)
+
+
+def test_activations_are_recognised_by_what_they_do():
+    from transformers.activations import ACT2FN
+
+    known = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+    known |= {"relu": "relu", "relu2": "relu2"}
+    for name, act in known.items():
+        assert recognise(ACT2FN[name]) == act
+    assert recognise(ACT2FN["tanh"]) is None
+    assert recognise(torch.nn.Linear(3, 3)) is None
+
+
+def test_an_unknown_activation_is_left_alone():
+    model, ids = tiny("llama", hidden_act="tanh"), token_ids(1, 2)
+    expected = logits(model, ids)
+    assert accelerate(model).__dict__["_ppnet_accelerated"]["blocks"] == []
+    assert (logits(model, ids) - expected).abs().max() <= TOLERANCE
+
+
+def test_refusals_leave_the_model_alone():
+    model = accelerate(tiny("llama"))
+    with pytest.raises(UnsupportedModelError, match="already accelerated"):
+        accelerate(model)
+    with pytest.raises(UnsupportedModelError, match=r"is accelerated; call ppnet\.decelerate"):
+        wrap(model)
+    decelerate(model)
+    with pytest.raises(UnsupportedModelError, match="is not accelerated"):
+        decelerate(model)
+    with pytest.raises(UnsupportedModelError, match="is not supported"):
+        accelerate(torch.nn.Linear(2, 2))
