@@ -5,8 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <fstream>
-#include <memory>
 
 #include "check.h"
 #include "cpu/rows.h"
@@ -17,12 +17,25 @@ namespace {
 // A thread is worth waking for this much memory traffic.
 constexpr int64_t kBytesPerThread = 1 << 17;
 
+// The work is divided into at most so many shares per thread, of at least so many bytes.
+constexpr int64_t kSharesPerThread = 8, kBytesPerShare = 1 << 19;
+
 // Arrays that a job points to.
 struct JobArrays {
-  std::vector<int32_t> index;
+  std::vector<int32_t> index, order;
   std::vector<uint64_t> mask;
   std::vector<char> scale, partial;
 };
+
+// The kept columns in increasing order, and the k of each.
+void sort_columns(const std::vector<int32_t>& slot, JobArrays& arrays) {
+  arrays.index.clear();
+  for (size_t f = 0; f < slot.size(); ++f) {
+    if (slot[f] < 0) continue;
+    arrays.index.push_back(static_cast<int32_t>(f));
+    arrays.order.push_back(slot[f]);
+  }
+}
 
 // Reads idx[i]: range, and for scatter uniqueness; fills the forms the kernels index with.
 void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, RowsJob& job, JobArrays& arrays) {
@@ -49,7 +62,9 @@ void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, Rows
     job.mask = arrays.mask.data();
   }
   if (scatter && !job.columns) arrays.index = std::move(slot);
+  else if (scatter && !increasing) sort_columns(slot, arrays);
   job.index = arrays.index.data();
+  if (!arrays.order.empty()) job.order = arrays.order.data();
 }
 
 // The scale of scattered columns in the positions of the full row.
@@ -58,7 +73,7 @@ void spread_scale(const RowsItem& item, const RowsJob& job, JobArrays& arrays) {
   arrays.scale.assign(static_cast<size_t>(item.full) * sizeof(C), 0);
   auto* full = reinterpret_cast<C*>(arrays.scale.data());
   const auto* scale = static_cast<const C*>(item.scale->const_data_ptr());
-  for (int64_t k = 0; k < item.kept; ++k) full[job.index[k]] = scale[k];
+  for (int64_t k = 0; k < item.kept; ++k) full[job.index[k]] = scale[job.order ? job.order[k] : k];
 }
 
 RowsJob make_job(const char* op, size_t i, const RowsItem& item, bool scatter, JobArrays& arrays) {
@@ -129,33 +144,37 @@ void advise_large_pages(const RowsJob& job) {
 
 using Kernel = void (*)(const RowsJob&, int64_t, int64_t, bool, void*);
 
-// Divides the units of all jobs among the threads by bytes, so that one large tensor and many small ones both balance.
+// Divides the units of all jobs into shares of about equal bytes, so that one large tensor and many small ones both balance.
+// There are several shares per thread, and a thread takes the next one when it is done: where another process holds a core, the
+// other threads go on. No result depends on who computed it.
 void run(const std::vector<RowsJob>& jobs, bool scatter, Kernel kernel) {
   std::vector<int64_t> start{0};  // of every job, on an axis of bytes
-  int64_t out_bytes = 0, scratch = 64;
+  int64_t out_bytes = 0;
   for (const RowsJob& job : jobs) {
     start.push_back(start.back() + units(job) * unit_bytes(job, scatter));
     advise_large_pages(job);
     if (job.out) out_bytes += job.rows * job.cols * element_size(job.dtype);
-    if (job.columns) scratch = std::max(scratch, (scratch_bytes(job) + 63) / 64 * 64);
   }
   const int64_t total = start.back();
   const int64_t threads =
       std::clamp<int64_t>(total / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+  const int64_t shares = threads == 1 ? 1 : std::max(threads, std::min(total / kBytesPerShare, threads * kSharesPerThread));
   const bool stream = out_bytes > last_level_cache();
-  const std::unique_ptr<char[]> rows(new char[static_cast<size_t>(scratch * threads)]);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t begin = total / threads * t, end = t + 1 == threads ? total : total / threads * (t + 1);
-      for (size_t i = 0; i < jobs.size(); ++i) {
-        if (start[i] >= end || start[i + 1] <= begin) continue;
-        // A unit belongs to the thread in whose share it starts.
-        const int64_t unit = unit_bytes(jobs[i], scatter);
-        const auto first_from = [&](int64_t at) { return (std::max<int64_t>(at - start[i], 0) + unit - 1) / unit; };
-        const int64_t from = first_from(begin), to = std::min(first_from(end), units(jobs[i]));
-        if (from < to) kernel(jobs[i], from, to, stream, rows.get() + t * scratch);
-      }
+  const auto work = [&](int64_t share, void* scratch) {
+    const int64_t begin = total / shares * share, end = share + 1 == shares ? total : total / shares * (share + 1);
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      if (start[i] >= end || start[i + 1] <= begin) continue;
+      // A unit belongs to the share in which it starts.
+      const int64_t unit = unit_bytes(jobs[i], scatter);
+      const auto first_from = [&](int64_t at) { return (std::max<int64_t>(at - start[i], 0) + unit - 1) / unit; };
+      const int64_t from = first_from(begin), to = std::min(first_from(end), units(jobs[i]));
+      if (from < to) kernel(jobs[i], from, to, stream, scratch);
     }
+  };
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    alignas(64) char scratch[kScratchBytes];
+    for (int64_t share; (share = next.fetch_add(1)) < shares;) work(share, scratch);
   });
 }
 
