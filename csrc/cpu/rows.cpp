@@ -105,51 +105,60 @@ void put_columns(const RowsJob& job, int64_t r, int64_t begin, int64_t count, co
 }
 
 #if defined(__AVX512VBMI2__)
-// The elements of from[0 .. 63] whose bits are set, densely; writes up to a vector more.
-inline void compress(float* to, const float* from, uint64_t bits) {
-  for (int i = 0; i < 4; ++i, from += 16, bits >>= 16) {
-    const auto lanes = static_cast<__mmask16>(bits);
-    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(lanes, _mm512_maskz_loadu_ps(lanes, from)));
-    to += __builtin_popcount(lanes);
-  }
-}
-
+// One line of 16- or 32-bit elements; those whose bit is not set are not touched.
 template <class T>
-inline void compress(T* to, const T* from, uint64_t bits) {
-  static_assert(sizeof(T) == 2);
-  for (int i = 0; i < 2; ++i, from += 32, bits >>= 32) {
-    const auto lanes = static_cast<__mmask32>(bits);
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(lanes, _mm512_maskz_loadu_epi16(lanes, from)));
-    to += __builtin_popcount(lanes);
-  }
+inline __m512i load_masked(const T* from, uint64_t bits) {
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), from);
+  else return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(bits), from);
 }
-
-// to[0 .. 63]: the next elements of `from` where bits are set, zero elsewhere.
-inline void expand(float* to, const float* from, uint64_t bits) {
-  for (int i = 0; i < 4; ++i, to += 16, bits >>= 16) {
-    const auto lanes = static_cast<__mmask16>(bits);
-    const int count = __builtin_popcount(lanes);
-    const auto in = static_cast<__mmask16>(_bzhi_u32(~0u, static_cast<unsigned>(count)));
-    _mm512_storeu_ps(to, _mm512_maskz_expand_ps(lanes, _mm512_maskz_loadu_ps(in, from)));
-    from += count;
-  }
-}
-
+// The elements whose bits are set, densely.
 template <class T>
-inline void expand(T* to, const T* from, uint64_t bits) {
-  static_assert(sizeof(T) == 2);
-  for (int i = 0; i < 2; ++i, to += 32, bits >>= 32) {
-    const auto lanes = static_cast<__mmask32>(bits);
-    const int count = __builtin_popcount(lanes);
-    const auto in = static_cast<__mmask32>(_bzhi_u64(~0ull, static_cast<unsigned>(count)));
-    _mm512_storeu_si512(to, _mm512_maskz_expand_epi16(lanes, _mm512_maskz_loadu_epi16(in, from)));
-    from += count;
-  }
+inline __m512i compress(__m512i line, uint64_t bits) {
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), line);
+  else return _mm512_maskz_compress_epi16(static_cast<__mmask32>(bits), line);
 }
+// The first elements of the line where bits are set, zero elsewhere.
+template <class T>
+inline __m512i expand(__m512i line, uint64_t bits) {
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), line);
+  else return _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), line);
+}
+template <class T>
+constexpr uint64_t kLineBits = (uint64_t{1} << kPerLine<T>) - 1;
 
 template <class T>
 inline void prefetch_word(const T* from) {
   for (int64_t i = 0; i < 64; i += kPerLine<T>) prefetch(reinterpret_cast<const char*>(from + i) + kAhead);
+}
+
+// 64 columns of N rows: those whose bits are set go to `to`, densely, and up to a vector more is written.
+// `whole`: all 64 columns exist, and may be read.
+template <class T, int N>
+inline void compress_word(T* to, const T* const* from, int64_t f, uint64_t bits, bool whole) {
+  for (int j = 0; j < N; ++j) prefetch_word(from[j] + f);
+  for (int64_t i = f; i < f + 64; i += kPerLine<T>, bits = bits >> (kPerLine<T> - 1) >> 1) {
+    const uint64_t lanes = bits & kLineBits<T>;
+    for (int j = 0; j < N; ++j) {
+      const __m512i line = whole ? _mm512_loadu_si512(from[j] + i) : load_masked(from[j] + i, lanes);
+      _mm512_storeu_si512(to + j * kScratchRow<T>, compress<T>(line, lanes));
+    }
+    to += __builtin_popcountll(lanes);
+  }
+}
+
+// The reverse: the next elements of `from` go to the columns of `to` whose bits are set, zero to the others.
+template <class T, int N>
+inline void expand_word(T* to, const T* const* from, int64_t at, uint64_t bits, bool whole) {
+  for (int j = 0; j < N; ++j) prefetch_word(from[j] + at);
+  for (int64_t i = 0; i < 64; i += kPerLine<T>, bits = bits >> (kPerLine<T> - 1) >> 1) {
+    const uint64_t lanes = bits & kLineBits<T>;
+    const int count = __builtin_popcountll(lanes);
+    for (int j = 0; j < N; ++j) {
+      const __m512i line = whole ? _mm512_loadu_si512(from[j] + at) : load_masked(from[j] + at, _bzhi_u64(~0ull, static_cast<unsigned>(count)));
+      _mm512_store_si512(to + j * kScratchRow<T> + i, expand<T>(line, lanes));
+    }
+    at += count;
+  }
 }
 
 // out[k] = from[idx[k]] for an increasing idx, given as one bit per column: 64 columns at a time.
@@ -160,10 +169,7 @@ void gather_compressed(const RowsJob& job, int64_t r, bool stream, T* scratch) {
   int64_t done = 0, fill = 0;
   for (int64_t f = 0; f < job.full; f += 64) {
     const uint64_t bits = job.mask[f / 64];
-    for (int j = 0; j < N; ++j) {
-      prefetch_word(from[j] + f);
-      compress(scratch + j * kScratchRow<T> + fill, from[j] + f, bits);
-    }
+    compress_word<T, N>(scratch + fill, from, f, bits, f + 64 <= job.full);
     fill += __builtin_popcountll(bits);
     if (fill < kBlock<T>) continue;
     put_columns<T, N>(job, r, done, kBlock<T>, scratch, stream);
@@ -197,13 +203,11 @@ void expand_block(const RowsJob& job, int64_t r, int64_t begin, int64_t count, i
 #if defined(__AVX512VBMI2__)
   if constexpr (sizeof(T) <= 4) {
     if (job.mask) {
+      const T* from[N];
+      for (int j = 0; j < N; ++j) from[j] = source_row<T>(job, r + j);
       for (int64_t f = 0; f < count; f += 64) {
         const uint64_t bits = job.mask[(begin + f) / 64];
-        for (int j = 0; j < N; ++j) {
-          const T* from = source_row<T>(job, r + j) + at;
-          prefetch_word(from);
-          expand(scratch + j * kScratchRow<T> + f, from, bits);
-        }
+        expand_word<T, N>(scratch + f, from, at, bits, at + 64 + kPerLine<T> <= job.kept);
         at += __builtin_popcountll(bits);
       }
       return;

@@ -38,7 +38,7 @@ constexpr int64_t kRowUnit = 4;
 
 // Columns of kRowUnit rows go through a buffer: this many bytes of each at a time, with room for the 64 columns that
 // arrive together and the vector that is stored whole (and rows of the buffer not a power of two apart).
-constexpr int64_t kColumnBlock = 4096, kColumnScratch = kColumnBlock + 64 * 8 + 128;
+constexpr int64_t kColumnBlock = 512, kColumnScratch = kColumnBlock + 64 * 8 + 128;
 
 // Work on units [begin, end). `scratch` belongs to the thread: kScratchBytes, aligned to a cache line.
 // `stream`: the output is larger than the cache, so write around it.

@@ -83,6 +83,42 @@ constexpr int kWidth = sizeof(vector_t<T>) / sizeof(arithmetic_t<T>);
 template <class T>
 constexpr int kVectors = kPerLine<T> / kWidth<T>;  // of a line
 
+// Rounds a line and puts it.
+template <class T>
+inline void put_rounded(T* to, const vector_t<T>* x, bool stream) {
+  alignas(kLine) T rounded[kPerLine<T>];
+  for (int v = 0; v < kVectors<T>; ++v) store(rounded + v * kWidth<T>, x[v]);
+  put_line(to, rounded, stream);
+}
+#if defined(__AVX512F__)
+// Not through memory: a load of two stores waits until both have left the core.
+inline void put_halves(void* to, __m256i low, __m256i high, bool stream) {
+  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  if (stream)
+    _mm512_stream_si512(static_cast<__m512i*>(to), line);
+  else
+    _mm512_storeu_si512(to, line);
+}
+inline void put_rounded(bf16_t* to, const vfloat* x, bool stream) {
+#if defined(__AVX512BF16__)
+  // The instruction takes denormals for zero, and keeps the bits of a NaN that narrow_bf16 drops.
+  constexpr int kNanOrDenormal = 0x01 | 0x80 | 0x20;
+  if ((_mm512_fpclass_ps_mask(x[0], kNanOrDenormal) | _mm512_fpclass_ps_mask(x[1], kNanOrDenormal)) == 0) {
+    const __m512i line = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0]));
+    if (stream)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), line);
+    else
+      _mm512_storeu_si512(to, line);
+    return;
+  }
+#endif
+  put_halves(to, narrow_bf16(x[0]), narrow_bf16(x[1]), stream);
+}
+inline void put_rounded(f16_t* to, const vfloat* x, bool stream) {
+  put_halves(to, narrow_f16(x[0]), narrow_f16(x[1]), stream);
+}
+#endif
+
 enum class Scale { none, row, element };
 
 // to[i] = from[i] * scale (Scale::element: * scale[i]), computed in the type of the arithmetic and rounded once.
@@ -131,12 +167,9 @@ inline void move_line(const Move<T>& row, int64_t i, bool stream, Dot<T>& dot) {
     if (row.to == nullptr) return;
   }
   if (kScale == Scale::none) return put_line(row.to + i, row.from + i, stream);
-  alignas(kLine) T rounded[kPerLine<T>];
-  for (int v = 0; v < kVectors<T>; ++v) {
-    const auto scale = kScale == Scale::row ? splat(*row.scale) : load(row.scale + i + v * kWidth<T>);
-    store(rounded + v * kWidth<T>, x[v] * scale);
-  }
-  put_line(row.to + i, rounded, stream);
+  for (int v = 0; v < kVectors<T>; ++v)
+    x[v] = x[v] * (kScale == Scale::row ? splat(*row.scale) : load(row.scale + i + v * kWidth<T>));
+  put_rounded(row.to + i, x, stream);
 }
 
 template <class T, Scale kScale, bool kDot>
