@@ -1,24 +1,14 @@
 // gather_rows and scatter_rows on the CPU: the schemas are in ppnet/ops/rows.py.
 #include "rows.h"
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
-
-#include <algorithm>
-#include <atomic>
-#include <fstream>
 
 #include "check.h"
 #include "cpu/rows.h"
+#include "rows_share.h"
 
 namespace ppnet {
 namespace {
-
-// A thread is worth waking for this much memory traffic.
-constexpr int64_t kBytesPerThread = 1 << 17;
-
-// The work is divided into at most so many shares per thread, of at least so many bytes.
-constexpr int64_t kSharesPerThread = 8, kBytesPerShare = 1 << 19;
 
 // Arrays that a job points to.
 struct JobArrays {
@@ -109,6 +99,10 @@ RowsJob make_job(const char* op, size_t i, const RowsItem& item, bool scatter, J
   return job;
 }
 
+struct Scratch {
+  alignas(64) char bytes[kScratchBytes];
+};
+
 // Memory traffic of one unit: what the work is divided by.
 int64_t unit_bytes(const RowsJob& job, bool scatter) {
   const int64_t full = job.cols, kept = job.columns ? job.kept : job.cols;
@@ -116,65 +110,22 @@ int64_t unit_bytes(const RowsJob& job, bool scatter) {
   return unit_rows(job) * element_size(job.dtype) * (full + read + (job.weight ? full : 0));
 }
 
-// Bytes of the last-level cache, from sysfs: sysconf adds up the caches of all sockets on some virtual machines.
-int64_t last_level_cache() {
-  static const int64_t bytes = [] {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    int64_t size = 0;
-    char unit = 0;
-    file >> size >> unit;
-    return size > 0 ? size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0) : int64_t{32} << 20;
-  }();
-  return bytes;
-}
-
-// Asks for large pages below a large new output. Memory fresh from the system is otherwise mapped 4 KB at a time while it
-// is written: on a virtual machine that took three times as long as the copy itself.
-void advise_large_pages(const RowsJob& job) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(job.out) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(job.out) +
-                         static_cast<uintptr_t>(job.rows * job.cols * element_size(job.dtype))) / kPage * kPage;
-  if (job.out && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)job;
-#endif
-}
-
 using Kernel = void (*)(const RowsJob&, int64_t, int64_t, bool, void*);
 
-// Divides the units of all jobs into shares of about equal bytes, so that one large tensor and many small ones both balance.
-// There are several shares per thread, and a thread takes the next one when it is done: where another process holds a core, the
-// other threads go on. No result depends on who computed it.
 void run(const std::vector<RowsJob>& jobs, bool scatter, Kernel kernel) {
-  std::vector<int64_t> start{0};  // of every job, on an axis of bytes
+  std::vector<Load> loads;
   int64_t out_bytes = 0;
   for (const RowsJob& job : jobs) {
-    start.push_back(start.back() + units(job) * unit_bytes(job, scatter));
-    advise_large_pages(job);
-    if (job.out) out_bytes += job.rows * job.cols * element_size(job.dtype);
+    loads.push_back({units(job), unit_bytes(job, scatter)});
+    const int64_t bytes = job.out ? job.rows * job.cols * element_size(job.dtype) : 0;
+    advise_large_pages(job.out, bytes);
+    out_bytes += bytes;
   }
-  const int64_t total = start.back();
-  const int64_t threads =
-      std::clamp<int64_t>(total / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
-  const int64_t shares = threads == 1 ? 1 : std::max(threads, std::min(total / kBytesPerShare, threads * kSharesPerThread));
   const bool stream = out_bytes > last_level_cache();
-  const auto work = [&](int64_t share, void* scratch) {
-    const int64_t begin = total / shares * share, end = share + 1 == shares ? total : total / shares * (share + 1);
-    for (size_t i = 0; i < jobs.size(); ++i) {
-      if (start[i] >= end || start[i + 1] <= begin) continue;
-      // A unit belongs to the share in which it starts.
-      const int64_t unit = unit_bytes(jobs[i], scatter);
-      const auto first_from = [&](int64_t at) { return (std::max<int64_t>(at - start[i], 0) + unit - 1) / unit; };
-      const int64_t from = first_from(begin), to = std::min(first_from(end), units(jobs[i]));
-      if (from < to) kernel(jobs[i], from, to, stream, scratch);
-    }
-  };
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    alignas(64) char scratch[kScratchBytes];
-    for (int64_t share; (share = next.fetch_add(1)) < shares;) work(share, scratch);
+  share(loads, [&] {
+    return [&, scratch = Scratch{}](size_t i, int64_t first, int64_t last) mutable {
+      kernel(jobs[i], first, last, stream, scratch.bytes);
+    };
   });
 }
 
