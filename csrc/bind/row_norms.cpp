@@ -167,10 +167,12 @@ std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, 
     }
     with_sums(dtype_of(weight[i]), [&](auto zero) { make_factors<decltype(zero)>(item, grad[i], norm[i], factors[i]); });
     const bool with_scale = needs_scale && item.scaled;
-    const bool matrix = weight[i].dim() == 2;
-    Tensor dw = torch::stable::new_empty(weight[i], needs_weight ? matrix ? std::vector<int64_t>{item.matrix.rows, item.matrix.cols}
-                                                                          : std::vector<int64_t>{item.matrix.cols}
-                                                                 : std::vector<int64_t>{0});
+    std::vector<int64_t> sizes{0};
+    if (needs_weight && weight[i].dim() == 2)
+      sizes = {item.matrix.rows, item.matrix.cols};
+    else if (needs_weight)
+      sizes = {item.matrix.cols};
+    const Tensor dw = torch::stable::new_empty(weight[i], sizes);
     dscale.push_back(torch::stable::new_empty(weight[i], {with_scale ? item.features() : 0}, sums));
     jobs.push_back(make_backward_job(item, factors[i], needs_weight ? &dw : nullptr, with_scale ? &dscale[i] : nullptr));
     const int64_t bytes = needs_weight ? jobs[i].rows * jobs[i].cols * element_size(jobs[i].dtype) : 0;

@@ -36,8 +36,8 @@ static inline bool is_absolute(const RowNormsJob& job) { return job.partial && j
 
 // Of units [begin, end). Forward: the sums of (weight * row_factor * col_factor)^2 over rows or columns.
 PPNET_KERNEL(void row_norms(const RowNormsJob& job, int64_t begin, int64_t end))
-// dweight = weight * row_factor * col_factor; the sums are of weight^2 * row_factor over a column, of weight^2 * col_factor over a
-// row. `stream`: the output is larger than the cache, so write around it.
+// dweight = weight * row_factor * col_factor; the sums are of weight^2 * row_factor over a column, or of
+// weight^2 * col_factor over a row. `stream`: the output is larger than the cache, so write around it.
 PPNET_KERNEL(void row_norms_backward(const RowNormsJob& job, int64_t begin, int64_t end, bool stream))
 
 }  // namespace ppnet

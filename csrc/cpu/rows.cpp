@@ -104,7 +104,16 @@ void put_columns(const RowsJob& job, int64_t r, int64_t begin, int64_t count, co
   }
 }
 
+// Whether columns are compressed and expanded by vector instructions: those of 16 bits need VBMI2.
 #if defined(__AVX512VBMI2__)
+template <class T>
+constexpr bool kCompress = sizeof(T) <= 4;
+#elif defined(__AVX512F__)
+template <class T>
+constexpr bool kCompress = sizeof(T) == 4;
+#endif
+
+#if defined(__AVX512F__)
 // One line of 16- or 32-bit elements; those whose bit is not set are not touched.
 template <class T>
 inline __m512i load_masked(const T* from, uint64_t bits) {
@@ -153,8 +162,9 @@ inline void expand_word(T* to, const T* const* from, int64_t at, uint64_t bits, 
   for (int64_t i = 0; i < 64; i += kPerLine<T>, bits = bits >> (kPerLine<T> - 1) >> 1) {
     const uint64_t lanes = bits & kLineBits<T>;
     const int count = __builtin_popcountll(lanes);
+    const uint64_t first = _bzhi_u64(~0ull, static_cast<unsigned>(count));
     for (int j = 0; j < N; ++j) {
-      const __m512i line = whole ? _mm512_loadu_si512(from[j] + at) : load_masked(from[j] + at, _bzhi_u64(~0ull, static_cast<unsigned>(count)));
+      const __m512i line = whole ? _mm512_loadu_si512(from[j] + at) : load_masked(from[j] + at, first);
       _mm512_store_si512(to + j * kScratchRow<T> + i, expand<T>(line, lanes));
     }
     at += count;
@@ -184,8 +194,8 @@ void gather_compressed(const RowsJob& job, int64_t r, bool stream, T* scratch) {
 
 template <class T, int N>
 void gather_columns(const RowsJob& job, int64_t r, bool stream, T* scratch) {
-#if defined(__AVX512VBMI2__)
-  if constexpr (sizeof(T) <= 4)
+#if defined(__AVX512F__)
+  if constexpr (kCompress<T>)
     if (job.mask) return gather_compressed<T, N>(job, r, stream, scratch);
 #endif
   for (int64_t begin = 0; begin < job.cols; begin += kBlock<T>) {
@@ -200,8 +210,8 @@ void gather_columns(const RowsJob& job, int64_t r, bool stream, T* scratch) {
 // Columns [begin, begin + count) of N full rows into the scratch buffer; `at`: the first kept column not yet read.
 template <class T, int N>
 void expand_block(const RowsJob& job, int64_t r, int64_t begin, int64_t count, int64_t& at, T* scratch) {
-#if defined(__AVX512VBMI2__)
-  if constexpr (sizeof(T) <= 4) {
+#if defined(__AVX512F__)
+  if constexpr (kCompress<T>) {
     if (job.mask) {
       const T* from[N];
       for (int j = 0; j < N; ++j) from[j] = source_row<T>(job, r + j);

@@ -172,6 +172,4 @@ def _row_norms_gradient(ctx, grad):
     return dw, ds, None
 
 
-torch.library.register_autograd(
-    "ppnet::row_norms", _row_norms_gradient, setup_context=_save_for_gradient, lib=_LIBRARY
-)
+torch.library.register_autograd("ppnet::row_norms", _row_norms_gradient, setup_context=_save_for_gradient, lib=_LIBRARY)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppnet.extension as extension
-from ppnet.ops import row_norms, row_norms_ref
+from ppnet.ops.row_norms import row_norms, row_norms_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
@@ -148,7 +148,9 @@ def test_large_gradients_are_streamed_exactly(isa):
         leaf = w.requires_grad_()
         (norm,) = row_norms([leaf], [None], [dim])
         norm.sum().backward()
-        torch.testing.assert_close(leaf.grad, w.detach() / torch.linalg.vector_norm(w.detach(), dim=1 - dim, keepdim=True))
+        torch.testing.assert_close(
+            leaf.grad, w.detach() / torch.linalg.vector_norm(w.detach(), dim=1 - dim, keepdim=True)
+        )
 
 
 @settings(max_examples=60, deadline=None)
