@@ -16,7 +16,8 @@ def norms(size: Size, device: torch.device) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(width, generator=generator).to(device)
     grad = torch.rand(units, generator=generator).to(device)
-    dtypes = pick(size, full=(torch.bfloat16, torch.float32), quick=(torch.bfloat16,))
+    both = (torch.bfloat16, torch.float32)
+    dtypes = pick(size, full=both, quick=both[:1], tiny=both)
     for dim, dtype in ((dim, dtype) for dim in (0, 1) for dtype in dtypes):
         moved = units * width * dtype.itemsize
 
