@@ -1,28 +1,31 @@
 // gather_rows and scatter_rows on the CPU: the schemas are in ppnet/ops/rows.py.
 #include "rows.h"
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
-
-#include <algorithm>
-#include <fstream>
-#include <memory>
 
 #include "check.h"
 #include "cpu/rows.h"
+#include "rows_share.h"
 
 namespace ppnet {
 namespace {
 
-// A thread is worth waking for this much memory traffic.
-constexpr int64_t kBytesPerThread = 1 << 17;
-
 // Arrays that a job points to.
 struct JobArrays {
-  std::vector<int32_t> index;
+  std::vector<int32_t> index, order;
   std::vector<uint64_t> mask;
   std::vector<char> scale, partial;
 };
+
+// The kept columns in increasing order, and the k of each.
+void sort_columns(const std::vector<int32_t>& slot, JobArrays& arrays) {
+  arrays.index.clear();
+  for (size_t f = 0; f < slot.size(); ++f) {
+    if (slot[f] < 0) continue;
+    arrays.index.push_back(static_cast<int32_t>(f));
+    arrays.order.push_back(slot[f]);
+  }
+}
 
 // Reads idx[i]: range, and for scatter uniqueness; fills the forms the kernels index with.
 void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, RowsJob& job, JobArrays& arrays) {
@@ -49,7 +52,9 @@ void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, Rows
     job.mask = arrays.mask.data();
   }
   if (scatter && !job.columns) arrays.index = std::move(slot);
+  else if (scatter && !increasing) sort_columns(slot, arrays);
   job.index = arrays.index.data();
+  if (!arrays.order.empty()) job.order = arrays.order.data();
 }
 
 // The scale of scattered columns in the positions of the full row.
@@ -58,7 +63,7 @@ void spread_scale(const RowsItem& item, const RowsJob& job, JobArrays& arrays) {
   arrays.scale.assign(static_cast<size_t>(item.full) * sizeof(C), 0);
   auto* full = reinterpret_cast<C*>(arrays.scale.data());
   const auto* scale = static_cast<const C*>(item.scale->const_data_ptr());
-  for (int64_t k = 0; k < item.kept; ++k) full[job.index[k]] = scale[k];
+  for (int64_t k = 0; k < item.kept; ++k) full[job.index[k]] = scale[job.order ? job.order[k] : k];
 }
 
 RowsJob make_job(const char* op, size_t i, const RowsItem& item, bool scatter, JobArrays& arrays) {
@@ -94,6 +99,10 @@ RowsJob make_job(const char* op, size_t i, const RowsItem& item, bool scatter, J
   return job;
 }
 
+struct Scratch {
+  alignas(64) char bytes[kScratchBytes];
+};
+
 // Memory traffic of one unit: what the work is divided by.
 int64_t unit_bytes(const RowsJob& job, bool scatter) {
   const int64_t full = job.cols, kept = job.columns ? job.kept : job.cols;
@@ -101,61 +110,22 @@ int64_t unit_bytes(const RowsJob& job, bool scatter) {
   return unit_rows(job) * element_size(job.dtype) * (full + read + (job.weight ? full : 0));
 }
 
-// Bytes of the last-level cache, from sysfs: sysconf adds up the caches of all sockets on some virtual machines.
-int64_t last_level_cache() {
-  static const int64_t bytes = [] {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    int64_t size = 0;
-    char unit = 0;
-    file >> size >> unit;
-    return size > 0 ? size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0) : int64_t{32} << 20;
-  }();
-  return bytes;
-}
-
-// Asks for large pages below a large new output. Memory fresh from the system is otherwise mapped 4 KB at a time while it
-// is written: on a virtual machine that took three times as long as the copy itself.
-void advise_large_pages(const RowsJob& job) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(job.out) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(job.out) +
-                         static_cast<uintptr_t>(job.rows * job.cols * element_size(job.dtype))) / kPage * kPage;
-  if (job.out && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)job;
-#endif
-}
-
 using Kernel = void (*)(const RowsJob&, int64_t, int64_t, bool, void*);
 
-// Divides the units of all jobs among the threads by bytes, so that one large tensor and many small ones both balance.
 void run(const std::vector<RowsJob>& jobs, bool scatter, Kernel kernel) {
-  std::vector<int64_t> start{0};  // of every job, on an axis of bytes
-  int64_t out_bytes = 0, scratch = 64;
+  std::vector<Load> loads;
+  int64_t out_bytes = 0;
   for (const RowsJob& job : jobs) {
-    start.push_back(start.back() + units(job) * unit_bytes(job, scatter));
-    advise_large_pages(job);
-    if (job.out) out_bytes += job.rows * job.cols * element_size(job.dtype);
-    if (job.columns) scratch = std::max(scratch, (scratch_bytes(job) + 63) / 64 * 64);
+    loads.push_back({units(job), unit_bytes(job, scatter)});
+    const int64_t bytes = job.out ? job.rows * job.cols * element_size(job.dtype) : 0;
+    advise_large_pages(job.out, bytes);
+    out_bytes += bytes;
   }
-  const int64_t total = start.back();
-  const int64_t threads =
-      std::clamp<int64_t>(total / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
   const bool stream = out_bytes > last_level_cache();
-  const std::unique_ptr<char[]> rows(new char[static_cast<size_t>(scratch * threads)]);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) {
-      const int64_t begin = total / threads * t, end = t + 1 == threads ? total : total / threads * (t + 1);
-      for (size_t i = 0; i < jobs.size(); ++i) {
-        if (start[i] >= end || start[i + 1] <= begin) continue;
-        // A unit belongs to the thread in whose share it starts.
-        const int64_t unit = unit_bytes(jobs[i], scatter);
-        const auto first_from = [&](int64_t at) { return (std::max<int64_t>(at - start[i], 0) + unit - 1) / unit; };
-        const int64_t from = first_from(begin), to = std::min(first_from(end), units(jobs[i]));
-        if (from < to) kernel(jobs[i], from, to, stream, rows.get() + t * scratch);
-      }
-    }
+  share(loads, [&] {
+    return [&, scratch = Scratch{}](size_t i, int64_t first, int64_t last) mutable {
+      kernel(jobs[i], first, last, stream, scratch.bytes);
+    };
   });
 }
 

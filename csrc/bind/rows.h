@@ -1,9 +1,10 @@
-// gather_rows and scatter_rows: arguments as checked and oriented by the binding, shared by the CPU and CUDA entries.
+// Operators on rows: arguments as checked and oriented by the binding, shared by the CPU and CUDA entries.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
 #include <vector>
 
 namespace ppnet {
@@ -19,6 +20,20 @@ struct Matrix {
   int64_t rows = 0, cols = 0;  // a 1-D tensor is one row
   int64_t stride = 0;          // elements between rows
 };
+
+// Checks of lists of tensors. `at`: "src[3]", for messages; `absent`: the empty tensor that stands for none; `arithmetic`: the
+// dtype of sums and factors.
+std::string at(const char* list, size_t i);
+bool absent(const Tensor& t);
+torch::headeronly::ScalarType arithmetic(torch::headeronly::ScalarType dtype);
+void check_lengths(const char* op, size_t n, const char* first,
+                   std::initializer_list<std::pair<const char*, size_t>> lists);
+void check_device(const char* op, const std::string& name, const Tensor& t, const Tensor& first);
+void check_matrix(const char* op, const std::string& name, const Tensor& t, int64_t dim, size_t i);
+
+// Whether the matrix of a 2-D tensor is its transpose: where only its first axis is contiguous.
+bool prefers_transpose(const Tensor& t);
+Matrix orient(const Tensor& t, int64_t dim, bool transposed);
 
 // One list position of gather_rows (src is the full tensor) or scatter_rows (src is grad).
 struct RowsItem {

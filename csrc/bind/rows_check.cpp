@@ -1,13 +1,11 @@
-// Checks of gather_rows and scatter_rows: every message names the argument, its position in the list and its value.
+// Checks of the operators on rows: every message names the argument, its position in the list and its value.
 #include <string>
 
 #include "check.h"
 #include "rows.h"
 
 namespace ppnet {
-namespace {
 
-// "src[3]", for messages.
 std::string at(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
 
 bool absent(const Tensor& t) { return t.dim() == 1 && t.size(0) == 0; }
@@ -33,6 +31,28 @@ void check_matrix(const char* op, const std::string& name, const Tensor& t, int6
   check_floating(op, name, t);
 }
 
+static bool rows_contiguous(int64_t n0, int64_t n1, int64_t s0, int64_t s1) {
+  return (s1 == 1 || n1 <= 1) && (s0 >= n1 || n0 <= 1);
+}
+
+static bool is_row_major(const Tensor& t) { return rows_contiguous(t.size(0), t.size(1), t.stride(0), t.stride(1)); }
+static bool is_column_major(const Tensor& t) { return rows_contiguous(t.size(1), t.size(0), t.stride(1), t.stride(0)); }
+
+bool prefers_transpose(const Tensor& t) { return t.dim() == 2 && !is_row_major(t) && is_column_major(t); }
+
+Matrix orient(const Tensor& t, int64_t dim, bool transposed) {
+  if (t.dim() == 1) {
+    const Tensor row = t.is_contiguous() ? t : torch::stable::contiguous(t);
+    return {row, false, true, 1, t.size(0), t.size(0)};
+  }
+  Tensor m = transposed ? torch::stable::transpose(t, 0, 1) : t;
+  if (!is_row_major(m)) m = torch::stable::contiguous(m);
+  const int64_t stride = m.size(0) > 1 ? m.stride(0) : m.size(1);
+  return {m, transposed, (dim == 1) != transposed, m.size(0), m.size(1), stride};
+}
+
+namespace {
+
 Tensor check_idx(const char* op, const Tensor& idx, size_t i, const Tensor& first) {
   STD_TORCH_CHECK(idx.scalar_type() == ScalarType::Long, op, ": ", at("idx", i), " has dtype ",
                   torch::headeronly::toString(idx.scalar_type()), "; it must be Long (int64)");
@@ -52,27 +72,6 @@ const Tensor* check_scale(const char* op, Tensor& scale, size_t i, int64_t kept,
   check_device(op, at("scale", i), scale, first);
   if (!scale.is_contiguous()) scale = torch::stable::contiguous(scale);
   return &scale;
-}
-
-bool rows_contiguous(int64_t n0, int64_t n1, int64_t s0, int64_t s1) {
-  return (s1 == 1 || n1 <= 1) && (s0 >= n1 || n0 <= 1);
-}
-
-bool is_row_major(const Tensor& t) { return rows_contiguous(t.size(0), t.size(1), t.stride(0), t.stride(1)); }
-bool is_column_major(const Tensor& t) { return rows_contiguous(t.size(1), t.size(0), t.stride(1), t.stride(0)); }
-
-// Whether the matrix of a 2-D tensor is its transpose: where only its first axis is contiguous.
-bool prefers_transpose(const Tensor& t) { return t.dim() == 2 && !is_row_major(t) && is_column_major(t); }
-
-Matrix orient(const Tensor& t, int64_t dim, bool transposed) {
-  if (t.dim() == 1) {
-    const Tensor row = t.is_contiguous() ? t : torch::stable::contiguous(t);
-    return {row, false, true, 1, t.size(0), t.size(0)};
-  }
-  Tensor m = transposed ? torch::stable::transpose(t, 0, 1) : t;
-  if (!is_row_major(m)) m = torch::stable::contiguous(m);
-  const int64_t stride = m.size(0) > 1 ? m.stride(0) : m.size(1);
-  return {m, transposed, (dim == 1) != transposed, m.size(0), m.size(1), stride};
 }
 
 // A new tensor of the shape of `like` but n along the indexed axis; its memory order is that of the matrix `like`.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import PPNetError
+from ppnet.ops.row_norms import row_norms
 from ppnet.units import Leaf, Site, leaf_module
 
 ImportanceFn = Callable[[nn.Module, Site, Tensor | None], Tensor]
@@ -52,10 +53,10 @@ def unit_norms(model: nn.Module, leaf: Leaf, input_scale: Tensor | None = None, 
     Returns:
         ``(U,)`` float32.
     """
-    weight = leaf_module(model, leaf).weight.float()
+    weight = leaf_module(model, leaf).weight
     if input_scale is not None:
-        weight = weight * (input_scale if leaf.weight_dim == 0 else input_scale[:, None])
-    norms = torch.linalg.vector_norm(weight, dim=1 - leaf.weight_dim)
+        input_scale = input_scale.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    norms = row_norms([weight], [input_scale], [leaf.weight_dim])[0].float()
     index = leaf.index
     if role is not None and len(leaf.blocks) > 1:
         index = index.split(list(leaf.blocks), dim=1)["qkv".index(role)]

@@ -152,6 +152,20 @@ def test_large_output_is_streamed_exactly(isa):
     assert torch.equal(full[0], torch.zeros_like(wide).index_copy(1, idx, out))
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_large_scatter_is_streamed_exactly(dim, isa):
+    """With a scale and a dot, in any order of idx; bf16 rows of an odd width."""
+    units, width = 9001, 2003
+    weight = torch.randn((units, width) if dim == 0 else (width, units)).bfloat16()
+    idx = torch.randperm(units)[:4501]
+    scale = torch.randn(4501)
+    grad = gather_rows([weight], [idx], [None], [dim])[0]
+    (full,), (dot,) = scatter_rows([grad], [idx], [scale], [dim], [units], [weight])
+    (full_ref,), _ = scatter_rows_ref([grad], [idx], [scale], [dim], [units], [None])
+    assert torch.equal(full, full_ref)
+    torch.testing.assert_close(dot, grad.float().square().sum(1 - dim), rtol=1e-5, atol=0)
+
+
 def test_size_zero_asks_for_the_dot_alone():
     src, dim = matrices(20, 11, torch.float32)
     n = len(src)
