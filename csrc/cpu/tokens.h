@@ -15,8 +15,12 @@ constexpr int64_t kMostTokens = 8;
 static inline int64_t padded_tokens(int64_t tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8; }
 
 // Chunks of the kept rows whose sums are added up at the end. They do not depend on the number of threads, so neither
-// does the result; 32 rows and more in each, or adding them up would cost more than it saves.
-static inline int64_t decode_chunks(int64_t kept) { return kept < 64 ? 1 : kept < 1024 ? kept / 32 : 32; }
+// does the result. Adding up costs as much as reading one or two rows per chunk: 128 rows each, but up to 8 chunks of 32.
+static inline int64_t decode_chunks(int64_t kept) {
+  const int64_t wide = kept / 128, narrow = kept / 32 < 8 ? kept / 32 : 8;
+  const int64_t chunks = wide > narrow ? wide : narrow;
+  return chunks < 1 ? 1 : chunks > 32 ? 32 : chunks;
+}
 static inline int64_t chunk_start(int64_t kept, int64_t chunks, int64_t chunk) { return kept * chunk / chunks; }
 
 // Elements from one token's row to the next in working memory: whole cache lines, and one more, or rows of a power of two
