@@ -12,7 +12,7 @@ namespace {
 struct Silu {
   template <class V>
   static V value(V x) {
-    return x / (constant<V>(1) + exp(-x));
+    return x / (constant<V>(1) + e_to(-x));
   }
   template <class V>
   static void both(V x, V& f, V& slope) {
@@ -46,13 +46,13 @@ struct GeluTanh {
   }
   template <class V>
   static V value(V x) {
-    return x / (constant<V>(1) + exp(-twice_y(x)));
+    return x / (constant<V>(1) + e_to(-twice_y(x)));
   }
   template <class V>
   static void both(V x, V& f, V& slope) {
     const V one = constant<V>(1), zero = constant<V>(0), t = twice_y(x);
     // s and 1 - s from e^-|t|: the slope of y is so large that 1 - s must not cancel.
-    const V e = exp(-max(t, -t)), large = one / (one + e), small = e * large;
+    const V e = e_to(-max(t, -t)), large = one / (one + e), small = e * large;
     const V s = if_less(t, zero, small, large), rest = if_less(t, zero, large, small);
     f = x * s;
     const V slope_of_y = constant<V>(kLinear) * fma(constant<V>(3 * kCubic) * x, x, one);
@@ -91,38 +91,53 @@ struct Relu2 {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Walks over n elements: step.whole(i) for a vector, step.some(i, m) for the m < lanes elements after them and, with kStream,
-// before the first cache line of `out`.
+// Walks over n elements: step.line(i) for a cache line of the output, step.some(i, m) for the m <= lanes elements at a time
+// after them and, with kStream, before the first line of `out`.
 template <bool kStream, class T, class Step>
-inline void over_row(const T* out, int64_t n, Step step) {
+inline void over_row(const T* out, int64_t n, const Step& step) {
   constexpr int64_t lanes = Vector<T>::lanes;
   int64_t i = 0;
   if (kStream) {
     const int64_t head = smaller(n, static_cast<int64_t>((-reinterpret_cast<uintptr_t>(out) & 63) / sizeof(T)));
     for (int64_t part; i < head; i += part) step.some(i, part = smaller(lanes, head - i));
   }
-  for (; i + lanes <= n; i += lanes) step.whole(i);
-  if (i < n) step.some(i, n - i);
+  for (; i + kLine<T> <= n; i += kLine<T>) step.line(i);
+  for (; i < n; i += lanes) step.some(i, smaller(lanes, n - i));
+}
+
+// Stores the vectors of one line.
+template <bool kStream, class T, class V>
+inline void put_line(T* p, const V* x) {
+  if (kStream) {
+    stream_line(p, x);
+  } else {
+    for (int64_t i = 0; i < kLine<T>; i += Vector<T>::lanes, ++x) put(p + i, *x);
+  }
 }
 
 template <class A, bool kGate, bool kStream, class T>
 struct Forward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
+  static constexpr int64_t lanes = Vector<T>::lanes;
   const T *up, *gate;
   const C* z;
   T* h;
 
   static V value(V up, V gate) { return kGate ? A::value(gate) * up : A::value(up); }
-  void whole(int64_t i) const {
-    V x = value(load(up + i), kGate ? load(gate + i) : V{});
-    if (z) x = load(z + i) * x;
-    kStream ? stream(h + i, x) : store(h + i, x);
+  void line(int64_t i) const {
+    V out[kLine<T> / lanes];
+    for (V& x : out) {
+      x = value(load(up + i), kGate ? load(gate + i) : V{});
+      if (z) x = load(z + i) * x;
+      i += lanes;
+    }
+    put_line<kStream>(h + i - kLine<T>, out);
   }
   void some(int64_t i, int64_t n) const {
     V x = value(load(up + i, n), kGate ? load(gate + i, n) : V{});
     if (z) x = load(z + i, n) * x;
-    store(h + i, x, n);
+    put(h + i, x, n);
   }
 };
 
@@ -130,6 +145,7 @@ template <class A, bool kGate, bool kStream, class T>
 struct Backward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
+  static constexpr int64_t lanes = Vector<T>::lanes;
   const T *dh, *up, *gate;
   const C* z;
   T *dup, *dgate;
@@ -145,17 +161,23 @@ struct Backward {
     if (!kGate) return {through * slope, V{}, dh * f};
     return {through * f, through * up * slope, dh * f * up};
   }
-  void whole(int64_t i) const {
-    const Result r = value(load(dh + i), load(up + i), kGate ? load(gate + i) : V{}, z ? load(z + i) : constant<V>(1));
-    if (dup) kStream ? stream(dup + i, r.dup) : store(dup + i, r.dup);
-    if (kGate && dgate) kStream ? stream(dgate + i, r.dgate) : store(dgate + i, r.dgate);
-    if (partial) store(partial + i, load(partial + i) + r.dz);
+  void line(int64_t i) const {
+    const int64_t start = i;
+    V to_up[kLine<T> / lanes], to_gate[kLine<T> / lanes];
+    for (int64_t j = 0; j < kLine<T> / lanes; ++j, i += lanes) {
+      const Result r = value(load(dh + i), load(up + i), kGate ? load(gate + i) : V{}, z ? load(z + i) : constant<V>(1));
+      to_up[j] = r.dup;
+      to_gate[j] = r.dgate;
+      if (partial) store(partial + i, load(partial + i) + r.dz);
+    }
+    if (dup) put_line<kStream>(dup + start, to_up);
+    if (kGate && dgate) put_line<kStream>(dgate + start, to_gate);
   }
   void some(int64_t i, int64_t n) const {
     const Result r =
         value(load(dh + i, n), load(up + i, n), kGate ? load(gate + i, n) : V{}, z ? load(z + i, n) : constant<V>(1));
-    if (dup) store(dup + i, r.dup, n);
-    if (kGate && dgate) store(dgate + i, r.dgate, n);
+    if (dup) put(dup + i, r.dup, n);
+    if (kGate && dgate) put(dgate + i, r.dgate, n);
     if (partial) store(partial + i, load(partial + i, n) + r.dz, n);
   }
 };
@@ -176,8 +198,8 @@ struct Tile {
 };
 
 inline Tile tile_at(const GatedActJob& job, int64_t index) {
-  const int64_t block = index / col_blocks(job), row = block * kActRows, col = index % col_blocks(job) * kActCols;
-  return {block, row, smaller(kActRows, job.rows - row), col, smaller(kActCols, job.cols - col)};
+  const int64_t block = index / col_blocks(job), row = block * kActRows, col = index % col_blocks(job) * tile_cols(job);
+  return {block, row, smaller(kActRows, job.rows - row), col, smaller(tile_cols(job), job.cols - col)};
 }
 
 template <class A, bool kGate, bool kStream, class T>

@@ -30,10 +30,11 @@ struct GatedActJob {
   void* partial;  // with dz: (row_blocks, cols), the sums over each block of rows
 };
 
-// The grain in which work is divided: a tile of kActRows x kActCols. dz is summed within blocks of rows and then over the blocks in
-// a fixed tree, so its value does not depend on the number of threads.
+// The grain in which work is divided: kActRows rows, whole where there are many (memory is then read and written in
+// order: 1.5 times as fast as in tiles of 2048 columns). dz is summed within blocks of rows and then over the blocks in a fixed
+// tree, so its value does not depend on the number of threads.
 constexpr int64_t kActRows = 32;
-constexpr int64_t kActCols = 2048;
+constexpr int64_t kActCols = 1024;
 
 // Work on tiles [begin, end), block of rows by block of rows. `streamed`: the outputs are larger than the cache, so write around it.
 PPNET_KERNEL(void gated_act(const GatedActJob& job, int64_t begin, int64_t end, bool streamed))
@@ -43,7 +44,10 @@ PPNET_KERNEL(void gated_act_reduce(const GatedActJob& job))
 
 // `static`: an inline function with external linkage would be shared between the instruction sets.
 static inline int64_t row_blocks(const GatedActJob& job) { return (job.rows + kActRows - 1) / kActRows; }
-static inline int64_t col_blocks(const GatedActJob& job) { return (job.cols + kActCols - 1) / kActCols; }
+static inline int64_t tile_cols(const GatedActJob& job) {
+  return row_blocks(job) >= 16 || job.cols < kActCols ? job.cols : kActCols;
+}
+static inline int64_t col_blocks(const GatedActJob& job) { return (job.cols + tile_cols(job) - 1) / tile_cols(job); }
 static inline int64_t tiles(const GatedActJob& job) { return row_blocks(job) * col_blocks(job); }
 
 }  // namespace ppnet

@@ -170,6 +170,4 @@ def _gated_act_gradient(ctx, dh):
     return dup if need_up else None, dgate if need_gate else None, dz if need_z else None, None
 
 
-torch.library.register_autograd(
-    "ppnet::gated_act", _gated_act_gradient, setup_context=_save_for_gradient, lib=_LIBRARY
-)
+torch.library.register_autograd("ppnet::gated_act", _gated_act_gradient, setup_context=_save_for_gradient, lib=_LIBRARY)

@@ -71,7 +71,7 @@ def gradients(function, up, gate, z, act, dh):
 def assert_no_worse(result, torchs, exact, dtype, scale=0.0):
     """The largest error is at most twice torch's, and one rounding of the result.
 
-    scale: size of the factors of few elements, where torch's error may be 0 by luck; a few roundings of them are no bar.
+    scale: size of the factors of few elements: torch's error may be 0 by luck, a few roundings of them are no bar.
     """
     error, bar = (result.double() - exact).abs(), (torchs.double() - exact).abs()
     assert result.shape == exact.shape
