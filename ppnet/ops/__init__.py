@@ -1,6 +1,7 @@
 """Compiled operators, each with a plain torch reference `<name>_ref`; the only place that says torch.ops.ppnet."""
 
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_backward_ref, gated_act_ref
+from ppnet.ops.gated_mlp import gated_mlp, gated_mlp_ref
 from ppnet.ops.linear import linear, linear_choice, linear_path, linear_ref, measure_linear
 from ppnet.ops.rows import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
 
@@ -9,6 +10,8 @@ __all__ = [
     "gated_act_backward",
     "gated_act_backward_ref",
     "gated_act_ref",
+    "gated_mlp",
+    "gated_mlp_ref",
     "gather_rows",
     "gather_rows_ref",
     "linear",
