@@ -57,3 +57,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def write_files(output: Path, contents: dict[str, bytes]) -> None:
+    """Writes files into a folder, each complete before it has its name; other files of the folder are left alone."""
+    output = Path(output)
+    fresh = not output.exists()
+    with atomic_directory(output if fresh else output / ".new") as folder:
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+    if not fresh:
+        for name in contents:
+            os.replace(output / ".new" / name, output / name)
+        (output / ".new").rmdir()

@@ -1,10 +1,41 @@
 // Memory bandwidth of this machine: the ideal that the memory-bound operators are measured against.
 #pragma once
 
+#include <cstddef>
+#include <string>
+
 namespace ppnet {
 
-// GB/s, best pass within `seconds`; each of `threads` threads works on its own share of `bytes`.
-double copy_bandwidth(long bytes, int threads, double seconds);
-double read_bandwidth(long bytes, int threads, double seconds);
+// Two buffers that stay allocated, so that a sample between two timed calls costs a few passes and no page faults.
+// Reading and copying each have several bodies (vector width of the processor, 1 to 4 streams per thread, plain or
+// non-temporal stores); `tune` finds the fastest of them here, once.
+class MemoryProbe {
+ public:
+  // Each of `threads` threads works on its own share of `bytes`. huge_pages: ask for 2 MB pages where the system has
+  // them; with 4 KB pages the page walks are what is measured. Throws std::bad_alloc.
+  MemoryProbe(long bytes, int threads, bool huge_pages);
+  ~MemoryProbe();
+  MemoryProbe(const MemoryProbe&) = delete;
+  MemoryProbe& operator=(const MemoryProbe&) = delete;
+
+  // GB/s, mean over the passes within `seconds`, at least one; copy counts bytes read + bytes written.
+  double read(double seconds);
+  double copy(double seconds);
+  // Tries every body for `seconds` in all, in turns.
+  void tune(double seconds);
+  std::string read_body() const;
+  std::string copy_body() const;
+
+ private:
+  double run_read(int body, double seconds);
+  double run_copy(int body, double seconds);
+
+  long bytes_;
+  int threads_;
+  char* from_ = nullptr;
+  char* to_ = nullptr;
+  int read_body_ = 0;
+  int copy_body_ = 0;
+};
 
 }  // namespace ppnet

@@ -8,6 +8,7 @@
 #include <climits>
 #include <fstream>
 #include <map>
+#include <memory>
 #include <string>
 #include <thread>
 
@@ -16,6 +17,8 @@
 namespace py = pybind11;
 
 namespace {
+
+constexpr long kLeastBytes = 1 << 16;
 
 py::dict build_info() {
   py::dict info;
@@ -53,12 +56,20 @@ bool keep_freed_memory() {
 #endif
 }
 
-double probe(double (*run)(long, int, double), const char* name, long bytes, int threads, double seconds) {
-  if (bytes < 4096) throw py::value_error(std::string(name) + ": bytes is " + std::to_string(bytes) + ", at least 4096");
+std::unique_ptr<ppnet::MemoryProbe> memory_probe(long bytes, int threads, bool huge_pages) {
+  if (bytes < kLeastBytes)
+    throw py::value_error("MemoryProbe: bytes is " + std::to_string(bytes) + ", at least " + std::to_string(kLeastBytes));
   if (threads < 1 || threads > 1024)
-    throw py::value_error(std::string(name) + ": threads is " + std::to_string(threads) + ", allowed are 1 .. 1024");
+    throw py::value_error("MemoryProbe: threads is " + std::to_string(threads) + ", allowed are 1 .. 1024");
   py::gil_scoped_release release;
-  return run(bytes, threads, seconds);
+  return std::make_unique<ppnet::MemoryProbe>(bytes, threads, huge_pages);
+}
+
+double bandwidth(double (ppnet::MemoryProbe::*sample)(double), long bytes, int threads, double seconds) {
+  const auto probe = memory_probe(bytes, threads, true);
+  py::gil_scoped_release release;
+  probe->tune(seconds / 8);
+  return (*probe.*sample)(seconds);
 }
 
 }  // namespace
@@ -73,16 +84,25 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "copy_bandwidth",
       [](long bytes, int threads, double seconds) {
-        return probe(ppnet::copy_bandwidth, "copy_bandwidth", bytes, threads, seconds);
+        return bandwidth(&ppnet::MemoryProbe::copy, bytes, threads, seconds);
       },
       py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
-      "GB/s (bytes read + bytes written) of copying a buffer of `bytes` with non-temporal stores, best of the passes "
-      "made in `seconds`.");
+      "GB/s (bytes read + bytes written) of copying `bytes`: the best body, mean of the passes in `seconds`.");
   m.def(
       "read_bandwidth",
       [](long bytes, int threads, double seconds) {
-        return probe(ppnet::read_bandwidth, "read_bandwidth", bytes, threads, seconds);
+        return bandwidth(&ppnet::MemoryProbe::read, bytes, threads, seconds);
       },
       py::arg("bytes"), py::arg("threads"), py::arg("seconds") = 0.2,
-      "GB/s of reading a buffer of `bytes`, best of the passes made in `seconds`.");
+      "GB/s of reading `bytes`: the best body, mean of the passes in `seconds`.");
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  py::class_<ppnet::MemoryProbe>(m, "MemoryProbe", "Buffers that stay allocated, for samples between timed calls.")
+      .def(py::init(&memory_probe), py::arg("bytes"), py::arg("threads"), py::arg("huge_pages") = true)
+      .def("tune", &ppnet::MemoryProbe::tune, py::arg("seconds"), unlocked,
+           "Tries every body of reading and copying for `seconds`, in turns; the fastest is used from then on.")
+      .def("read", &ppnet::MemoryProbe::read, py::arg("seconds"), unlocked, "GB/s, mean of the passes in `seconds`.")
+      .def("copy", &ppnet::MemoryProbe::copy, py::arg("seconds"), unlocked,
+           "GB/s (bytes read + written), mean of the passes in `seconds`.")
+      .def_property_readonly("read_body", &ppnet::MemoryProbe::read_body)
+      .def_property_readonly("copy_body", &ppnet::MemoryProbe::copy_body);
 }

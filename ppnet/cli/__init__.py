@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from ppnet.cli import demo, measure, models, train
+from ppnet.cli import bench, demo, measure, models, train
 from ppnet.errors import PPNetError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (models, train, measure, demo):
+for module in (models, train, measure, bench, demo):
     module.add_to(app)
 
 

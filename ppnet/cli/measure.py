@@ -1,4 +1,4 @@
-"""``ppnet eval | bench | report``: quality and speed, at one size or at many."""
+"""``ppnet eval | bench FOLDER | report``: quality and speed, at one size or at many."""
 
 from __future__ import annotations
 
@@ -114,30 +114,25 @@ def evaluate(
     )
 
 
-def bench(
-    folder: Folder,
-    sizes: Sizes = None,
-    metric: Metric = "params",
-    of: Of = "model",
-    multiple_of: MultipleOf = None,
-    prompt: Prompt = None,
-    new: New = None,
-    batch: SpeedBatch = 1,
-    rounds: Rounds = 5,
-    threads: Threads = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = False,
+def bench_model(
+    folder: Path,
+    sizes: str | None,
+    metric: str,
+    of: str,
+    multiple_of: list[str] | None,
+    prompt: int | None,
+    new: int | None,
+    batch: int,
+    rounds: int,
+    device: str | None,
+    dtype: str | None,
+    json: bool,
 ) -> None:
-    """Measured prefill and decoding speed of compacted models, in turns with the dense one.
-
-    Example:  ppnet bench puppet --sizes 0.5,0.25 --batch 4
-    """
+    """Measured prefill and decoding speed of compacted models, in turns with the dense one (``ppnet bench FOLDER``)."""
     from ppnet.compact import compact
     from ppnet.evaluate import speed
     from ppnet.wrap import is_wrapped
 
-    _set_threads(threads)
     with quiet_stdout():
         model = load_model(folder, device, dtype)
         workload = _workload(model, prompt, new, batch, rounds)
@@ -207,7 +202,7 @@ def report(
     require_extra()
     check_output(out, force)
     wanted = parse_sizes(sizes) if sizes is not None else None
-    _set_threads(threads)
+    set_threads(threads)
     with quiet_stdout():
         words = load_tokenizer(tokenizer or folder)
         model = load_model(folder, device, dtype)
@@ -288,7 +283,12 @@ def _workload(model: Any, prompt: int | None, new: int | None, batch: int, round
     }
 
 
-def _set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None) -> None:
+    """torch's number of CPU threads; None: its own choice.
+
+    Raises:
+        PPNetError: below 1.
+    """
     if threads is None:
         return
     if threads < 1:
@@ -316,5 +316,4 @@ def _speed_line(name: str, figures: Speed) -> list[str]:
 
 def add_to(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
-    app.command()(bench)
     app.command()(report)

@@ -62,9 +62,9 @@ def canvas(theme: Theme, width: float = 6.2, height: float = 4.8, rows: int = 1)
     return figure, axes
 
 
-def headline(axis: Axes, theme: Theme, text: str) -> None:
-    """The title says what is seen; left-aligned, at most two lines."""
-    axis.set_title(text, loc="left", color=theme.ink, fontsize=11.5, fontweight="bold", pad=10, wrap=True)
+def headline(axis: Axes, theme: Theme, text: str, pad: float = 10) -> None:
+    """The title says what is seen; left-aligned, at most two lines; `pad` points above the axes."""
+    axis.set_title(text, loc="left", color=theme.ink, fontsize=11.5, fontweight="bold", pad=pad, wrap=True)
 
 
 def labels(axis: Axes, theme: Theme, x: str, y: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 from pathlib import Path
 
 from ppnet.errors import PPNetError
-from ppnet.files import atomic_directory
+from ppnet.files import write_files
 from ppnet.reporting.result import Report
 
 
@@ -52,12 +51,5 @@ def write(result: Report, output: str | Path) -> Report:
         **{f"{name}.png": image for name, image in light.items()},
         "report.html": page(result, light, dark).encode(),
     }
-    fresh = not output.exists()
-    with atomic_directory(output if fresh else output / ".new") as folder:
-        for name, content in contents.items():
-            (folder / name).write_bytes(content)
-    if not fresh:
-        for name in contents:
-            os.replace(output / ".new" / name, output / name)
-        (output / ".new").rmdir()
+    write_files(output, contents)
     return dataclasses.replace(result, folder=output)
