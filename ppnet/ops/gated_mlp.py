@@ -10,6 +10,7 @@ over what that pass reads anyway: nothing more is read for it, and no weight is 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def gated_mlp_ref(
 ) -> Tensor:
     """gated_mlp in plain torch."""
 
-    def kept(t: Tensor | None) -> Tensor | None:
+    def kept(t: Tensor | None) -> Any:
         return t if t is None or idx is None else t.index_select(0, idx)
 
     u = functional.linear(x, kept(up), kept(up_bias))
@@ -123,8 +124,8 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def _kept(tensors: Sequence[Tensor | None], idx: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
-    """The kept rows of all tensors, gathered in one pass and then cast."""
+def _kept(tensors: Sequence[Tensor | None], idx: Tensor | None, dtype: torch.dtype) -> list[Any]:
+    """The kept rows of all tensors, gathered in one pass and then cast; None stays None."""
     present = [t for t in tensors if t is not None]
     if idx is not None and present:
         n = len(present)
@@ -184,7 +185,7 @@ def _gated_mlp_backward_kernel(
     need_x, need_up, need_down, need_gate, need_up_bias, need_gate_bias, need_down_bias, need_z = needs
     dtype, drows = u.dtype, _rows(dy)
     grads: dict[str, Tensor] = {}
-    if need_down_bias:
+    if need_down_bias and down_bias is not None:
         grads["down_bias"] = drows.sum(0, dtype=down_bias.dtype)
     if need_down:
         grads["down"] = _weight_gradient(gated_act(u, g, z, act), drows, down)
@@ -195,14 +196,13 @@ def _gated_mlp_backward_kernel(
         del down_kept
         du, dg, grads["z"] = gated_act_backward(dh, u, g, z, act, need_u, need_g, need_z)
         del dh
-        rows = None if x is None else _rows(x)
-        if need_up:
-            grads["up"] = _weight_gradient(du, rows, up)
-        if need_gate:
-            grads["gate"] = _weight_gradient(dg, rows, gate)
-        if need_up_bias:
+        if need_up and x is not None:
+            grads["up"] = _weight_gradient(du, _rows(x), up)
+        if need_gate and x is not None and gate is not None:
+            grads["gate"] = _weight_gradient(dg, _rows(x), gate)
+        if need_up_bias and up_bias is not None:
             grads["up_bias"] = du.sum(0, dtype=up_bias.dtype)
-        if need_gate_bias:
+        if need_gate_bias and gate_bias is not None:
             grads["gate_bias"] = dg.sum(0, dtype=gate_bias.dtype)
         if need_x:
             up_kept, gate_kept = _kept((up, gate), idx, dtype)

@@ -27,8 +27,8 @@ MIN_FLOP = 50_000_000
 
 # Median time of torch's path / of oneDNN's, typical of forward and dX: measure_linear() on 2 vCPUs of an AMD EPYC of
 # family 26 (Zen 5) while the host was busy, torch 2.13, gave 1.14 to 1.40 with 2 threads and 1.19 to 1.48 with one for
-# 2048 x 512 -> 2048, 2048 x 2048 -> 512 and 512 x 4096 -> 11008. bfloat16 is oneDNN's in torch too (0.97 to 1.02, but for
-# one outlier). A processor without a line computes with torch's path.
+# 2048 x 512 -> 2048, 2048 x 2048 -> 512 and 512 x 4096 -> 11008. bfloat16 is oneDNN's in torch too: about 1.
+# A processor without a line computes with torch's path.
 MEASURED: dict[tuple[str, str, torch.dtype], float] = {
     ("AuthenticAMD", "AVX512", torch.float32): 1.24,
 }
@@ -151,8 +151,8 @@ def _may_differ(x: Tensor) -> bool:
 def _chosen(x: Tensor, weight: Tensor) -> str:
     if x.device.type != "cpu" or 2 * x.numel() * weight.shape[0] < MIN_FLOP:
         return "torch"
-    # oneDNN is slow with a first operand in column order, as that of dW, unless it is the smaller one: measured 0.85 for
-    # (2048, T) (T, 512), 0.87 to 1.0 for a square, 1.12 for (512, T) (T, 2048).
+    # oneDNN is slow with a first operand in column order, as that of dW, unless it is the smaller one: measured 0.85
+    # for (2048, T) (T, 512), 0.87 to 1.0 for a square, 1.12 for (512, T) (T, 2048).
     if x.dim() == 2 and x.stride(0) == 1 and x.stride(1) != 1 and x.shape[0] >= weight.shape[0]:
         return "torch"
     return _path_for(x.dtype)
