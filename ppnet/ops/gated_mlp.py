@@ -183,48 +183,41 @@ def _gated_mlp_backward_kernel(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     need_x, need_up, need_down, need_gate, need_up_bias, need_gate_bias, need_down_bias, need_z = needs
-    dtype, drows = u.dtype, _rows(dy)
+    dtype, drows, units = u.dtype, _rows(dy), up.shape[0]
     grads: dict[str, Tensor] = {}
+    need_u, need_g = need_x or need_up or need_up_bias, g is not None and (need_x or need_gate or need_gate_bias)
+    # In the order that lets go of what is large first, and one weight at a time: at the end there are the
+    # pre-activations, the full gradients and one of kept rows.
+    if need_u or need_g or need_z:
+        dh = linear(drows, *_kept((down,), idx, dtype))
+        du, dg, grads["z"] = gated_act_backward(dh, u, g, z, act, need_u, need_g, need_z)
+        del dh
+        if need_x:
+            dx = linear(du, _kept((up,), idx, dtype)[0].t())
+            if gate is not None:
+                dx += linear(dg, _kept((gate,), idx, dtype)[0].t())
+            grads["x"] = dx.reshape(*dy.shape[:-1], up.shape[1])
+        if need_up_bias and up_bias is not None:
+            grads["up_bias"] = _scattered(du.sum(0, dtype=up_bias.dtype), idx, units)
+        if need_up and x is not None:
+            grads["up"] = _scattered(_weight_gradient(du, _rows(x), up), idx, units)
+        del du
+        if need_gate_bias and gate_bias is not None:
+            grads["gate_bias"] = _scattered(dg.sum(0, dtype=gate_bias.dtype), idx, units)
+        if need_gate and x is not None and gate is not None:
+            grads["gate"] = _scattered(_weight_gradient(dg, _rows(x), gate), idx, units)
+        del dg
     if need_down_bias and down_bias is not None:
         grads["down_bias"] = drows.sum(0, dtype=down_bias.dtype)
     if need_down:
-        grads["down"] = _weight_gradient(gated_act(u, g, z, act), drows, down)
-    need_u, need_g = need_x or need_up or need_up_bias, g is not None and (need_x or need_gate or need_gate_bias)
-    if need_u or need_g or need_z:
-        (down_kept,) = _kept((down,), idx, dtype)
-        dh = linear(drows, down_kept)
-        del down_kept
-        du, dg, grads["z"] = gated_act_backward(dh, u, g, z, act, need_u, need_g, need_z)
-        del dh
-        if need_up and x is not None:
-            grads["up"] = _weight_gradient(du, _rows(x), up)
-        if need_gate and x is not None and gate is not None:
-            grads["gate"] = _weight_gradient(dg, _rows(x), gate)
-        if need_up_bias and up_bias is not None:
-            grads["up_bias"] = du.sum(0, dtype=up_bias.dtype)
-        if need_gate_bias and gate_bias is not None:
-            grads["gate_bias"] = dg.sum(0, dtype=gate_bias.dtype)
-        if need_x:
-            up_kept, gate_kept = _kept((up, gate), idx, dtype)
-            dx = linear(du, up_kept.t())
-            if gate is not None:
-                dx += linear(dg, gate_kept.t())
-            grads["x"] = dx.reshape(*dy.shape[:-1], up.shape[1])
-            del up_kept, gate_kept
-        del du, dg
-    _scatter(grads, idx, up.shape[0])
+        grads["down"] = _scattered(_weight_gradient(gated_act(u, g, z, act), drows, down), idx, units)
     names = ("x", "up", "down", "gate", "up_bias", "gate_bias", "down_bias", "z")
     return tuple(grads[name] if needed else u.new_empty(0) for name, needed in zip(names, needs, strict=True))
 
 
-def _scatter(grads: dict[str, Tensor], idx: Tensor | None, units: int) -> None:
-    """Puts the gradients of kept rows in their places, all in one pass."""
-    names = [name for name in ("up", "down", "gate", "up_bias", "gate_bias") if name in grads]
-    if idx is None or not names:
-        return
-    n = len(names)
-    full, _ = scatter_rows([grads[name] for name in names], [idx] * n, [None] * n, [0] * n, [units] * n, [None] * n)
-    grads.update(zip(names, full, strict=True))
+def _scattered(grad: Tensor, idx: Tensor | None, units: int) -> Tensor:
+    """The gradient of the kept rows in its place, 0 elsewhere."""
+    return grad if idx is None else scatter_rows([grad], [idx], [None], [0], [units], [None])[0][0]
 
 
 @torch.library.register_fake("ppnet::gated_mlp", lib=_LIBRARY)
