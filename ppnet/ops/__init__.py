@@ -1,22 +1,36 @@
 """Compiled operators, each with a plain torch reference `<name>_ref`; the only place that says torch.ops.ppnet."""
 
+from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_backward_ref, gated_act_ref
 from ppnet.ops.gated_attention_decode import gated_attention_decode, gated_attention_decode_ref
+from ppnet.ops.gated_mlp import gated_mlp, gated_mlp_ref
 from ppnet.ops.gated_mlp_decode import gated_mlp_decode, gated_mlp_decode_ref
+from ppnet.ops.linear import linear, linear_choice, linear_path, linear_ref, measure_linear
 from ppnet.ops.linear_decode import linear_decode, linear_decode_ref, linear_t_decode, linear_t_decode_ref
 from ppnet.ops.row_norms import row_norms, row_norms_ref
 from ppnet.ops.rows import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
 
 __all__ = [
+    "gated_act",
+    "gated_act_backward",
+    "gated_act_backward_ref",
+    "gated_act_ref",
     "gated_attention_decode",
     "gated_attention_decode_ref",
+    "gated_mlp",
     "gated_mlp_decode",
     "gated_mlp_decode_ref",
+    "gated_mlp_ref",
     "gather_rows",
     "gather_rows_ref",
+    "linear",
+    "linear_choice",
     "linear_decode",
     "linear_decode_ref",
+    "linear_path",
+    "linear_ref",
     "linear_t_decode",
     "linear_t_decode_ref",
+    "measure_linear",
     "row_norms",
     "row_norms_ref",
     "scatter_rows",

@@ -1,0 +1,310 @@
+// gated_act and its backward: bodies, compiled once per instruction set (PPNET_ISA).
+#include "gated_act.h"
+
+#include "vec_math.h"
+
+namespace ppnet {
+namespace PPNET_ISA {
+namespace {
+
+// ---- activations: the value, or the value f and the derivative ---------------------------------------------------------
+
+struct Silu {
+  template <class V>
+  static V value(V x) {
+    return x / (constant<V>(1) + e_to(-x));
+  }
+  template <class V>
+  static void both(V x, V& f, V& slope) {
+    const V s = logistic(x);
+    f = x * s;
+    slope = fma(f, constant<V>(1) - s, s);
+  }
+};
+
+struct Gelu {
+  template <class V>
+  static V value(V x) {
+    V bell;
+    return x * normal_cdf(x, bell);
+  }
+  template <class V>
+  static void both(V x, V& f, V& slope) {
+    V bell;
+    const V p = normal_cdf(x, bell);
+    f = x * p;
+    slope = fma(x * bell, constant<V>(0.39894228040143267794), p);
+  }
+};
+
+// 1/2 (1 + tanh y) = logistic(2 y), which keeps its relative precision where tanh y is near -1.
+struct GeluTanh {
+  static constexpr double kLinear = 1.5957691216057307117, kCubic = 0.044715;  // 2 sqrt(2 / pi)
+  template <class V>
+  static V twice_y(V x) {
+    return constant<V>(kLinear) * fma(constant<V>(kCubic) * x * x, x, x);
+  }
+  template <class V>
+  static V value(V x) {
+    return x / (constant<V>(1) + e_to(-twice_y(x)));
+  }
+  template <class V>
+  static void both(V x, V& f, V& slope) {
+    const V one = constant<V>(1), zero = constant<V>(0), t = twice_y(x);
+    // s and 1 - s from e^-|t|: the slope of y is so large that 1 - s must not cancel.
+    const V e = e_to(-max(t, -t)), large = one / (one + e), small = e * large;
+    const V s = if_less(t, zero, small, large), rest = if_less(t, zero, large, small);
+    f = x * s;
+    const V slope_of_y = constant<V>(kLinear) * fma(constant<V>(3 * kCubic) * x, x, one);
+    slope = fma(f * rest, slope_of_y, s);
+  }
+};
+
+struct Relu {
+  template <class V>
+  static V value(V x) {
+    return max(constant<V>(0), x);
+  }
+  template <class V>
+  static void both(V x, V& f, V& slope) {
+    const V zero = constant<V>(0);
+    f = max(zero, x);
+    slope = if_less(zero, x, constant<V>(1), f);  // f is 0, or the NaN in x
+  }
+};
+
+struct Relu2 {
+  template <class V>
+  static V value(V x) {
+    const V f = max(constant<V>(0), x);
+    return f * f;
+  }
+  template <class V>
+  static void both(V x, V& f, V& slope) {
+    const V positive = max(constant<V>(0), x);
+    f = positive * positive;
+    slope = positive + positive;
+  }
+};
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Walks over n elements: step.line(i) for a cache line of the output, step.some(i, m) for the m <= lanes elements at a time
+// after them and, with kStream, before the first line of `out`.
+template <bool kStream, class T, class Step>
+inline void over_row(const T* out, int64_t n, const Step& step) {
+  constexpr int64_t lanes = Vector<T>::lanes;
+  int64_t i = 0;
+  if (kStream) {
+    const int64_t head = smaller(n, static_cast<int64_t>((-reinterpret_cast<uintptr_t>(out) & 63) / sizeof(T)));
+    for (int64_t part; i < head; i += part) step.some(i, part = smaller(lanes, head - i));
+  }
+  for (; i + kLine<T> <= n; i += kLine<T>) step.line(i);
+  for (; i < n; i += lanes) step.some(i, smaller(lanes, n - i));
+}
+
+// Stores the vectors of one line.
+template <bool kStream, class T, class V>
+inline void put_line(T* p, const V* x) {
+  if (kStream) {
+    stream_line(p, x);
+  } else {
+    for (int64_t i = 0; i < kLine<T>; i += Vector<T>::lanes, ++x) put(p + i, *x);
+  }
+}
+
+template <class A, bool kGate, bool kStream, class T>
+struct Forward {
+  using V = typename Vector<T>::type;
+  using C = arithmetic_t<T>;
+  static constexpr int64_t lanes = Vector<T>::lanes;
+  const T *up, *gate;
+  const C* z;
+  T* h;
+
+  static V value(V up, V gate) { return kGate ? A::value(gate) * up : A::value(up); }
+  void line(int64_t i) const {
+    V out[kLine<T> / lanes];
+    for (V& x : out) {
+      x = value(load(up + i), kGate ? load(gate + i) : V{});
+      if (z) x = load(z + i) * x;
+      i += lanes;
+    }
+    put_line<kStream>(h + i - kLine<T>, out);
+  }
+  void some(int64_t i, int64_t n) const {
+    V x = value(load(up + i, n), kGate ? load(gate + i, n) : V{});
+    if (z) x = load(z + i, n) * x;
+    put(h + i, x, n);
+  }
+};
+
+template <class A, bool kGate, bool kStream, class T>
+struct Backward {
+  using V = typename Vector<T>::type;
+  using C = arithmetic_t<T>;
+  static constexpr int64_t lanes = Vector<T>::lanes;
+  const T *dh, *up, *gate;
+  const C* z;
+  T *dup, *dgate;
+  C* partial;
+
+  struct Result {
+    V dup, dgate, dz;
+  };
+  static Result value(V dh, V up, V gate, V z) {
+    V f, slope;
+    A::both(kGate ? gate : up, f, slope);
+    const V through = dh * z;
+    if (!kGate) return {through * slope, V{}, dh * f};
+    return {through * f, through * up * slope, dh * f * up};
+  }
+  void line(int64_t i) const {
+    const int64_t start = i;
+    V to_up[kLine<T> / lanes], to_gate[kLine<T> / lanes];
+    for (int64_t j = 0; j < kLine<T> / lanes; ++j, i += lanes) {
+      const Result r = value(load(dh + i), load(up + i), kGate ? load(gate + i) : V{}, z ? load(z + i) : constant<V>(1));
+      to_up[j] = r.dup;
+      to_gate[j] = r.dgate;
+      if (partial) store(partial + i, load(partial + i) + r.dz);
+    }
+    if (dup) put_line<kStream>(dup + start, to_up);
+    if (kGate && dgate) put_line<kStream>(dgate + start, to_gate);
+  }
+  void some(int64_t i, int64_t n) const {
+    const Result r =
+        value(load(dh + i, n), load(up + i, n), kGate ? load(gate + i, n) : V{}, z ? load(z + i, n) : constant<V>(1));
+    if (dup) put(dup + i, r.dup, n);
+    if (kGate && dgate) put(dgate + i, r.dgate, n);
+    if (partial) store(partial + i, load(partial + i, n) + r.dz, n);
+  }
+};
+
+// ---- tiles -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+inline T* at(char* base, int64_t row, int64_t col, int64_t stride) {
+  return base ? reinterpret_cast<T*>(base + row * stride) + col : nullptr;
+}
+template <class T>
+inline const T* at(const char* base, int64_t row, int64_t col, int64_t stride) {
+  return base ? reinterpret_cast<const T*>(base + row * stride) + col : nullptr;
+}
+
+struct Tile {
+  int64_t block, row, rows, col, cols;
+};
+
+inline Tile tile_at(const GatedActJob& job, int64_t index) {
+  const int64_t block = index / col_blocks(job), row = block * kActRows, col = index % col_blocks(job) * tile_cols(job);
+  return {block, row, smaller(kActRows, job.rows - row), col, smaller(tile_cols(job), job.cols - col)};
+}
+
+template <class A, bool kGate, bool kStream, class T>
+void forward(const GatedActJob& job, const Tile& tile) {
+  using C = arithmetic_t<T>;
+  const C* z = job.z ? static_cast<const C*>(job.z) + tile.col : nullptr;
+  const int64_t stride = job.cols * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r) {
+    T* h = at<T>(job.h, r, tile.col, stride);
+    over_row<kStream>(h, tile.cols,
+                      Forward<A, kGate, kStream, T>{at<T>(job.up, r, tile.col, job.up_stride),
+                                                    at<T>(job.gate, r, tile.col, job.gate_stride), z, h});
+  }
+}
+
+template <class A, bool kGate, bool kStream, class T>
+void backward(const GatedActJob& job, const Tile& tile) {
+  using C = arithmetic_t<T>;
+  const C* z = job.z ? static_cast<const C*>(job.z) + tile.col : nullptr;
+  C* partial = job.dz ? static_cast<C*>(job.partial) + tile.block * job.cols + tile.col : nullptr;
+  if (partial) memset(partial, 0, static_cast<size_t>(tile.cols) * sizeof(C));
+  const int64_t stride = job.cols * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = tile.row; r < tile.row + tile.rows; ++r) {
+    T* dup = at<T>(job.dup, r, tile.col, stride);
+    T* dgate = at<T>(job.dgate, r, tile.col, stride);
+    over_row<kStream>(dup ? dup : dgate, tile.cols,
+                      Backward<A, kGate, kStream, T>{at<T>(job.dh, r, tile.col, job.dh_stride),
+                                                     at<T>(job.up, r, tile.col, job.up_stride),
+                                                     at<T>(job.gate, r, tile.col, job.gate_stride), z, dup, dgate,
+                                                     partial});
+  }
+}
+
+// ---- from run time to compile time ---------------------------------------------------------------------------------------
+
+template <class A, bool kGate, class T>
+void run(const GatedActJob& job, int64_t begin, int64_t end, bool streamed, bool is_backward) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile = tile_at(job, index);
+    if (is_backward)
+      streamed ? backward<A, kGate, true, T>(job, tile) : backward<A, kGate, false, T>(job, tile);
+    else
+      streamed ? forward<A, kGate, true, T>(job, tile) : forward<A, kGate, false, T>(job, tile);
+  }
+  if (streamed) finish_stream();
+}
+
+template <class A, class T>
+void run(const GatedActJob& job, int64_t begin, int64_t end, bool streamed, bool is_backward) {
+  if (job.gate)
+    run<A, true, T>(job, begin, end, streamed, is_backward);
+  else
+    run<A, false, T>(job, begin, end, streamed, is_backward);
+}
+
+template <class T>
+void run(const GatedActJob& job, int64_t begin, int64_t end, bool streamed, bool is_backward) {
+  switch (job.act) {
+    case Act::silu: run<Silu, T>(job, begin, end, streamed, is_backward); break;
+    case Act::gelu: run<Gelu, T>(job, begin, end, streamed, is_backward); break;
+    case Act::gelu_tanh: run<GeluTanh, T>(job, begin, end, streamed, is_backward); break;
+    case Act::relu: run<Relu, T>(job, begin, end, streamed, is_backward); break;
+    case Act::relu2: run<Relu2, T>(job, begin, end, streamed, is_backward); break;
+  }
+}
+
+void run(const GatedActJob& job, int64_t begin, int64_t end, bool streamed, bool is_backward) {
+  switch (job.dtype) {
+    case Dtype::f32: run<float>(job, begin, end, streamed, is_backward); break;
+    case Dtype::bf16: run<bf16_t>(job, begin, end, streamed, is_backward); break;
+    case Dtype::f16: run<f16_t>(job, begin, end, streamed, is_backward); break;
+    case Dtype::f64: run<double>(job, begin, end, streamed, is_backward); break;
+  }
+}
+
+// Pairs of blocks, then pairs of pairs: the error grows with the logarithm of the number of blocks.
+template <class C>
+void reduce(const GatedActJob& job) {
+  C* partial = static_cast<C*>(job.partial);
+  const int64_t n = row_blocks(job), cols = job.cols;
+  for (int64_t step = 1; step < n; step *= 2)
+    for (int64_t b = 0; b + step < n; b += 2 * step)
+      for (int64_t k = 0; k < cols; ++k) partial[b * cols + k] += partial[(b + step) * cols + k];
+  if (n > 0)
+    memcpy(job.dz, partial, static_cast<size_t>(cols) * sizeof(C));
+  else
+    memset(job.dz, 0, static_cast<size_t>(cols) * sizeof(C));
+}
+
+}  // namespace
+
+void gated_act(const GatedActJob& job, int64_t begin, int64_t end, bool streamed) {
+  run(job, begin, end, streamed, false);
+}
+
+void gated_act_backward(const GatedActJob& job, int64_t begin, int64_t end, bool streamed) {
+  run(job, begin, end, streamed, true);
+}
+
+void gated_act_reduce(const GatedActJob& job) {
+  if (job.dtype == Dtype::f64)
+    reduce<double>(job);
+  else
+    reduce<float>(job);
+}
+
+}  // namespace PPNET_ISA
+}  // namespace ppnet
