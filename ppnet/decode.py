@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ppnet import ops
-from ppnet.ops.gated_mlp_decode import ACTS, activate
+from ppnet.ops.gated_act import ACTS
+from ppnet.ops.gated_act import activation as named_activation
 from ppnet.ops.linear_decode import MOST_TOKENS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +94,7 @@ def recognise(activation: nn.Module) -> str | None:
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return None
-    return next((act for act in ACTS if torch.allclose(y.double(), activate(x, act), rtol=0, atol=1e-9)), None)
+    return next((act for act in ACTS if torch.allclose(y.double(), named_activation(x, act), rtol=0, atol=1e-9)), None)
 
 
 def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

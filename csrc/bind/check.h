@@ -7,7 +7,9 @@
 #include <initializer_list>
 #include <sstream>
 #include <string>
+#include <utility>
 
+#include "cpu/act.h"
 #include "cpu/dtype.h"
 
 namespace ppnet {
@@ -70,6 +72,18 @@ inline void check_shape(const char* op, const std::string& name, const Tensor& t
   }
   expected << (sizes.size() == 1 ? ",)" : ")");
   STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape(t), "; it must be ", meaning, " = ", expected.str());
+}
+
+inline Act act_named(const char* op, const std::string& name) {
+  constexpr std::pair<const char*, Act> kActs[] = {{"silu", Act::silu},
+                                                   {"gelu", Act::gelu},
+                                                   {"gelu_tanh", Act::gelu_tanh},
+                                                   {"relu", Act::relu},
+                                                   {"relu2", Act::relu2}};
+  for (const auto& [known, act] : kActs)
+    if (name == known) return act;
+  STD_TORCH_CHECK(false, op, ": act is \"", name, "\"; allowed are silu, gelu, gelu_tanh, relu and relu2");
+  return Act::silu;
 }
 
 }  // namespace ppnet

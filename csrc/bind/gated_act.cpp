@@ -19,18 +19,6 @@ constexpr int64_t kBytesPerThread = 1 << 17;
 
 ScalarType arithmetic(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-Act act_named(const char* op, const std::string& name) {
-  constexpr std::pair<const char*, Act> kActs[] = {{"silu", Act::silu},
-                                                   {"gelu", Act::gelu},
-                                                   {"gelu_tanh", Act::gelu_tanh},
-                                                   {"relu", Act::relu},
-                                                   {"relu2", Act::relu2}};
-  for (const auto& [known, act] : kActs)
-    if (name == known) return act;
-  STD_TORCH_CHECK(false, op, ": act is \"", name, "\"; allowed are silu, gelu, gelu_tanh, relu and relu2");
-  return Act::silu;
-}
-
 std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));

@@ -8,18 +8,6 @@
 namespace ppnet {
 namespace {
 
-Act act_of(const char* op, const std::string& name) {
-  const std::pair<const char*, Act> known[] = {{"silu", Act::silu},
-                                               {"gelu", Act::gelu},
-                                               {"gelu_tanh", Act::gelu_tanh},
-                                               {"relu", Act::relu},
-                                               {"relu2", Act::relu2}};
-  for (const auto& [text, act] : known)
-    if (name == text) return act;
-  STD_TORCH_CHECK(false, op, ": act is '", name, "'; allowed are silu, gelu, gelu_tanh, relu and relu2");
-  return Act::silu;
-}
-
 // A matrix of neurons: (F, D), rows contiguous.
 const char* neurons(const char* op, const char* name, const Tensor& matrix, const Tensor& up, int64_t& stride) {
   check_rows(op, name, matrix, up.scalar_type());
@@ -37,7 +25,7 @@ Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   STD_TORCH_CHECK(gate || !gate_bias, op, ": gate_bias is given, but gate is not");
   MlpDecode job{};
   job.dtype = dtype_of(x);
-  job.act = act_of(op, act);
+  job.act = act_named(op, act);
   job.tokens = x.size(0);
   job.width = up.size(1);
   job.up = neurons(op, "up", up, up, job.up_stride);

@@ -181,7 +181,7 @@ std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, 
     loads.push_back(needs_weight || with_scale ? load_of(jobs[i]) : Load{0, 1});
     dweight.push_back(needs_weight && item.matrix.transposed ? torch::stable::transpose(dw, 0, 1) : dw);
   }
-  const bool stream = out_bytes > last_level_cache();
+  const bool stream = out_bytes > cache_bytes();
   const auto kernel = PPNET_PICK(row_norms_backward);
   share(loads, [&] { return [&](size_t i, int64_t first, int64_t last) { kernel(jobs[i], first, last, stream); }; });
   for (size_t i = 0; i < items.size(); ++i) {

@@ -121,7 +121,7 @@ void run(const std::vector<RowsJob>& jobs, bool scatter, Kernel kernel) {
     advise_large_pages(job.out, bytes);
     out_bytes += bytes;
   }
-  const bool stream = out_bytes > last_level_cache();
+  const bool stream = out_bytes > cache_bytes();
   share(loads, [&] {
     return [&, scratch = Scratch{}](size_t i, int64_t first, int64_t last) mutable {
       kernel(jobs[i], first, last, stream, scratch.bytes);

@@ -1,14 +1,14 @@
-// How the operators on rows divide their work among threads, and what they ask of the memory of their outputs.
+// How the operators on rows divide their work among threads.
 #pragma once
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <fstream>
 #include <vector>
+
+#include "memory.h"
 
 namespace ppnet {
 
@@ -48,31 +48,6 @@ void share(const std::vector<Load>& loads, const Thread& thread) {
       }
     }
   });
-}
-
-// Bytes of the last-level cache, from sysfs: sysconf adds up the caches of all sockets on some virtual machines.
-inline int64_t last_level_cache() {
-  static const int64_t bytes = [] {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    int64_t size = 0;
-    char unit = 0;
-    file >> size >> unit;
-    return size > 0 ? size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0) : int64_t{32} << 20;
-  }();
-  return bytes;
-}
-
-// Asks for large pages below a large new output. Memory fresh from the system is otherwise mapped 4 KB at a time while it
-// is written: on a virtual machine that took three times as long as the copy itself.
-inline void advise_large_pages(const void* out, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(out) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (out && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)out, (void)bytes;
-#endif
 }
 
 }  // namespace ppnet

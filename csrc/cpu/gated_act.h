@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
+#include "cpu/act.h"
 #include "cpu/dtype.h"
 #include "isa.h"
 
 namespace ppnet {
-
-enum class Act { silu, gelu, gelu_tanh, relu, relu2 };
 
 // Matrices of `rows` tokens and `cols` units whose rows are contiguous; strides are in bytes, outputs are contiguous.
 // z, partial and dz are float, or double for Dtype::f64.

@@ -3,33 +3,37 @@
 // Neurons go through in blocks: products with their gate and up rows, activation, sum of their down rows. Each phase prefetches the rows of the next one, so memory is read in one steady stream whatever neurons are kept.
 #include "gated_mlp_decode.h"
 
-#include <math.h>
-
+#include "activations.h"
 #include "row_products.h"
 
 namespace ppnet {
 namespace PPNET_ISA {
 namespace {
 
-inline float activate(Act act, float x) {
-  switch (act) {
-    case Act::silu: return x / (1.0f + expf(-x));
-    case Act::gelu: return 0.5f * x * erfcf(x * -0.70710678118654752f);
-    case Act::gelu_tanh: return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case Act::relu: return x < 0 ? 0.0f : x;
-    case Act::relu2: return x < 0 ? 0.0f : x * x;
+// h = act(gate) * h, or act(h) without a gate.
+template <class A, bool kGlu>
+void activate(const float* gate, float* h, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t m = n - i < kLanes ? n - i : kLanes;
+    const vfloat u = load(h + i, m);
+    store(h + i, kGlu ? A::value(load(gate + i, m)) * u : A::value(u), m);
   }
-  return x;
+}
+
+template <bool kGlu>
+void activate(Act act, const float* gate, float* h, int64_t n) {
+  switch (act) {
+    case Act::silu: return activate<Silu, kGlu>(gate, h, n);
+    case Act::gelu: return activate<Gelu, kGlu>(gate, h, n);
+    case Act::gelu_tanh: return activate<GeluTanh, kGlu>(gate, h, n);
+    case Act::relu: return activate<Relu, kGlu>(gate, h, n);
+    case Act::relu2: return activate<Relu2, kGlu>(gate, h, n);
+  }
 }
 
 inline int64_t neuron(const MlpDecode& job, int64_t k) {
   k = k < job.kept ? k : job.kept - 1;  // past the end, where rows are only prefetched
   return job.idx ? job.idx[k] : k;
-}
-
-template <class W>
-float bias_of(const char* bias, int64_t f) {
-  return bias ? widen(reinterpret_cast<const W*>(bias)[f]) : 0.0f;
 }
 
 // The rows of the neurons of a block from k on, and the up and gate rows of the next block.
@@ -57,6 +61,12 @@ const W* const* typed(const char* const* rows) {
   return reinterpret_cast<const W* const*>(rows);
 }
 
+template <int T, class W>
+void add_bias(const char* bias, const Block& block, float* h) {
+  if (bias == nullptr) return;
+  for (int i = 0; i < block.count * T; ++i) h[i] += widen(reinterpret_cast<const W*>(bias)[block.f[i / T]]);
+}
+
 // h[b * T + t] of a block's neurons; meanwhile their down rows are fetched, half of each with either matrix.
 template <int T, bool kGlu, class W>
 void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) {
@@ -68,14 +78,11 @@ void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) 
   } else {
     dots<T, false>(typed<W>(block.up), block.count, x, job.width, block.down, h);
   }
-  for (int b = 0; b < block.count; ++b) {
-    const float z = job.z ? job.z[k + b] : 1.0f;
-    const float gate_bias = bias_of<W>(job.gate_bias, block.f[b]), up_bias = bias_of<W>(job.up_bias, block.f[b]);
-    for (int i = b * T; i < (b + 1) * T; ++i) {
-      const float u = h[i] + up_bias;
-      h[i] = z * (kGlu ? activate(job.act, gate[i] + gate_bias) * u : activate(job.act, u));
-    }
-  }
+  add_bias<T, W>(job.up_bias, block, h);
+  if (kGlu) add_bias<T, W>(job.gate_bias, block, gate);
+  activate<kGlu>(job.act, gate, h, block.count * T);
+  if (job.z)
+    for (int i = 0; i < block.count * T; ++i) h[i] *= job.z[k + i / T];
 }
 
 template <int T, bool kGlu, class W>

@@ -1,11 +1,10 @@
 // Parameters of gated_mlp_decode on the CPU. Torch-free: the binding checks, allocates and fills these.
 #pragma once
 
+#include "cpu/act.h"
 #include "cpu/tokens.h"
 
 namespace ppnet {
-
-enum class Act { silu, gelu, gelu_tanh, relu, relu2 };
 
 // Partial sums of y = (z * act(x gate^T + gate_bias) * (x up^T + up_bias)) down over the kept neurons; without a gate,
 // act is that of up. A neuron is a row of each of the three matrices.

@@ -16,7 +16,7 @@ namespace {
 #define PPNET_UNROLL _Pragma("GCC unroll 16")
 
 constexpr int kBlockRows = 16;
-constexpr int64_t kLine = 64;  // bytes
+constexpr int64_t kLineBytes = 64;  // bytes
 
 // The tokens of a call: (T, D) in the dtype of the weights, and widened to float. `stride` is in elements, for both.
 template <class W>
@@ -77,7 +77,7 @@ inline void dot_step(vfloat (&acc)[R][T], const bf16_t* const* rows, const Token
 template <int T, int R, bool kHalf, class W>
 inline void dot_rows(vfloat* sums, const W* const* rows, const Tokens<W>& x, int64_t begin, int64_t end,
                      const char* const* ahead) {
-  constexpr int64_t kStep = 2 * kLine / static_cast<int64_t>(sizeof(W));
+  constexpr int64_t kStep = 2 * kLineBytes / static_cast<int64_t>(sizeof(W));
   vfloat acc[R][T];
   PPNET_UNROLL
   for (int i = 0; i < R * T; ++i) acc[i / T][i % T] = sums[i];
@@ -87,7 +87,7 @@ inline void dot_rows(vfloat* sums, const W* const* rows, const Tokens<W>& x, int
     PPNET_UNROLL
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(ahead[r] + (kHalf ? at / 2 : at), 0, 2);
-      if (!kHalf) __builtin_prefetch(ahead[r] + at + kLine, 0, 2);
+      if (!kHalf) __builtin_prefetch(ahead[r] + at + kLineBytes, 0, 2);
     }
     dot_step<T, R, false>(acc, rows, x, d, kStep);
   }
@@ -132,7 +132,7 @@ inline void sum_tile(const W* const* rows, int count, const float* a, float* y, 
   for (int r = 0; r < count; ++r) {
     PPNET_UNROLL
     for (int n = 0; n < N; ++n)
-      for (int64_t line = 0; line < kBytes; line += kLine)
+      for (int64_t line = 0; line < kBytes; line += kLineBytes)
         __builtin_prefetch(ahead[n * kBlockRows + r] + d * static_cast<int64_t>(sizeof(W)) + line, 0, 2);
     vfloat w[V];
     PPNET_UNROLL

@@ -60,7 +60,7 @@ def gated_act_backward(
 def gated_act_ref(up: Tensor, gate: Tensor | None = None, z: Tensor | None = None, act: str = "silu") -> Tensor:
     """gated_act in plain torch."""
     wide = _arithmetic(up)
-    h = _activation((up if gate is None else gate).to(wide), act)
+    h = activation((up if gate is None else gate).to(wide), act)
     if gate is not None:
         h = h * up.to(wide)
     return (h if z is None else h * z).to(up.dtype)
@@ -85,7 +85,7 @@ def gated_act_backward_ref(
             dup = _activation_backward(through, up.to(wide), act).to(up.dtype)
     else:
         if need_up:
-            dup = (through * _activation(gate.to(wide), act)).to(up.dtype)
+            dup = (through * activation(gate.to(wide), act)).to(up.dtype)
         if need_gate:
             dgate = _activation_backward(through * up.to(wide), gate.to(wide), act).to(up.dtype)
     if need_z:
@@ -98,7 +98,8 @@ def _arithmetic(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _activation(x: Tensor, act: str) -> Tensor:
+def activation(x: Tensor, act: str) -> Tensor:
+    """An activation by its name here, in plain torch. Errors: RuntimeError for an unknown name."""
     if act == "silu":
         return functional.silu(x)
     if act == "gelu":

@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppnet.ops.gated_act import activation
 from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient
-
-ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 define(
     "gated_mlp_decode(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias,"
@@ -58,18 +57,6 @@ def gated_mlp_decode(
     return _gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
 
 
-def activate(x: Tensor, act: str) -> Tensor:
-    """An activation by its name in ppnet."""
-    functional = torch.nn.functional
-    if act == "gelu_tanh":
-        return functional.gelu(x, approximate="tanh")
-    if act == "relu2":
-        return functional.relu(x).square()
-    if act not in ACTS:
-        raise RuntimeError(f"gated_mlp_decode: act is {act!r}; allowed are {', '.join(ACTS)}")
-    return getattr(functional, act)(x)
-
-
 def gated_mlp_decode_ref(
     x: Tensor,
     up: Tensor,
@@ -90,7 +77,7 @@ def gated_mlp_decode_ref(
 
     linear = torch.nn.functional.linear
     h = linear(x, kept(up), kept(up_bias))  # type: ignore[arg-type]
-    h = activate(h, act) if gate is None else activate(linear(x, kept(gate), kept(gate_bias)), act) * h  # type: ignore[arg-type]
+    h = activation(h, act) if gate is None else activation(linear(x, kept(gate), kept(gate_bias)), act) * h  # type: ignore[arg-type]
     if z is not None:
         h = (h.float() * z).to(h.dtype)
     return linear(h, kept(down).t(), down_bias)  # type: ignore[union-attr]

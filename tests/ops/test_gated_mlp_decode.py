@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 
 import ppnet.extension as extension
 from ppnet.ops import gated_mlp_decode, gated_mlp_decode_ref
-from ppnet.ops.gated_mlp_decode import ACTS
+from ppnet.ops.gated_act import ACTS
 
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
 
@@ -130,7 +130,7 @@ def test_tracing_compile_export_and_autocast():
         ({"down_bias": torch.randn(4)}, r"down_bias has shape \(4,\)"),
         ({"idx": torch.tensor([1, 4])}, r"idx\[1\] is 4; allowed are 0 \.\. 3"),
         ({"z": torch.rand(3)}, r"z has shape \(3,\); it must be \(K,\) = \(4,\)"),
-        ({"act": "tanh"}, "act is 'tanh'; allowed are silu, gelu, gelu_tanh, relu and relu2"),
+        ({"act": "tanh"}, 'act is "tanh"; allowed are silu, gelu, gelu_tanh, relu and relu2'),
     ],
 )
 def test_errors_name_the_argument(changes, message):
