@@ -2,7 +2,7 @@
 
 Works on a dense model, a compacted one, and a gated one at any size: the same weights then serve every size, and a
 resize moves none of them. `model.generate()` and everything else that calls the model's forward use the operators;
-passes of many tokens, and all training, run as before.
+passes of many tokens, and all training, go to the library's matrix products.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.binding import GatedLeaf, patch_leaf, unpatch_leaf
-from ppnet.decode import MlpParts, computes_the_same, fuse_mlp, recognise, unfuse_mlp
+from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.errors import UnsupportedModelError
 from ppnet.families import FAMILIES
 from ppnet.ops import gated_attention_decode
@@ -35,9 +35,9 @@ def accelerate(model: Model) -> Model:
         model: a model of a supported family: dense, compacted, or with gates, at any size.
 
     Returns:
-        The same model. Only steps of at most 8 tokens (sequences times new tokens) on the CPU, without gradients and
-        autocast, in float32, bfloat16 or float16, take another way than before; their results differ from the model's
-        own by rounding (sums are kept in float32 throughout).
+        The same model. The decode operators run steps of at most 8 tokens (sequences times new tokens) on the CPU,
+        without gradients and autocast, in float32, bfloat16 or float16; longer passes and training use the library's
+        products. Results differ from the model's own by rounding (sums are kept in float32 throughout).
 
     Raises:
         UnsupportedModelError: an unknown family, or already accelerated. The model is unchanged then.
@@ -65,7 +65,7 @@ def accelerate(model: Model) -> Model:
     model.__dict__[ACCELERATED] = {
         "patched": patched,
         "attention": _use_attention(model),
-        "blocks": _fuse(model, sites),
+        "blocks": fuse_mlps(model, sites),
     }
     if is_wrapped(model):
         engine.stale = True
@@ -124,51 +124,6 @@ def store_by_unit(module: Any, leaf: Leaf) -> None:
     """Gives a leaf's weight the memory order in which the rows of its units are contiguous, in place."""
     if leaf.weight_dim == 1 and module.weight.stride(0) != 1:
         module.weight.data = module.weight.data.t().contiguous().t()
-
-
-# ---- MLPs ------------------------------------------------------------------------------------------------------------
-
-
-def _fuse(model: nn.Module, sites: tuple[Site, ...]) -> list[str]:
-    """Fuses every MLP whose parts are understood and whose fused result is the same; returns their names."""
-    fused = []
-    training = model.training
-    model.eval()
-    try:
-        for site in sites:
-            parts = _mlp_parts(model, site) if site.kind == "neuron" else None
-            if parts is None:
-                continue
-            block = model.get_submodule(site.block)
-            weight = cast(Tensor, block.get_submodule(parts.up).weight)
-            fuse_mlp(block, parts)
-            width = weight.shape[1] if isinstance(block.get_submodule(parts.up), nn.Linear) else weight.shape[0]
-            if computes_the_same(block, width, weight):
-                fused.append(site.block)
-            else:
-                unfuse_mlp(block)
-    finally:
-        model.train(training)
-    return fused
-
-
-def _mlp_parts(model: nn.Module, site: Site) -> MlpParts | None:
-    """The parts of an MLP in which feature u of every leaf is unit u, and whose activation is known; else None."""
-    plain = torch.arange(site.units)
-    if any(leaf.index.shape[1] != 1 or not torch.equal(leaf.index[:, 0], plain) for leaf in site.leaves):
-        return None
-    prefix = f"{site.block}."
-    roles = {leaf.role: leaf.name for leaf in site.leaves}
-    if not {"up", "out"} <= roles.keys() <= {"gate", "up", "out"} or any(
-        not name.startswith(prefix) for name in roles.values()
-    ):
-        return None
-    names = {role: name.removeprefix(prefix) for role, name in roles.items()}
-    block = model.get_submodule(site.block)
-    others = [m for name, m in block.named_children() if name not in names.values() and not isinstance(m, nn.Dropout)]
-    acts = {recognise(other) for other in others}
-    act = next(iter(acts)) if len(acts) == 1 else None
-    return None if act is None else MlpParts(names["up"], names["out"], names.get("gate"), act)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

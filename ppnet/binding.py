@@ -59,7 +59,7 @@ class Binding:
             return input.new_zeros((*input.shape[:-1], self.features))
         if self.decode and self.weight is None:
             return linear(input, weight, bias, self.by_input, self.kept)
-        return nn.functional.linear(input, weight, bias)
+        return ops.linear(input, weight, bias)
 
 
 class GatedLeaf(Protocol):

@@ -1,11 +1,13 @@
-"""Linear layers and MLPs whose weights stay as they are while few tokens go through: the decode operators' callers.
+"""Linear layers and MLPs that compute their kept units from the whole weights.
 
-A leaf computes with the whole weights and, at a size of a gated model, the indices of its kept units. With few tokens
-the operators read just the kept rows; with many, kept rows are gathered for the library's matrix product.
+A leaf holds its own weights and, at a size of a gated model or in a training step, the indices and gates of its kept
+units. With few tokens the decode operators read just the kept rows; with many, kept rows are gathered for the library's
+matrix product. An MLP whose parts are known is one operator: `gated_mlp_decode` or `gated_mlp`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -17,13 +19,19 @@ from ppnet import ops
 from ppnet.ops.gated_act import ACTS
 from ppnet.ops.gated_act import activation as named_activation
 from ppnet.ops.linear_decode import MOST_TOKENS
+from ppnet.units import Site
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The features of a leaf that a size computes: indices ``(K,)`` int64, and their gates ``(K,)`` float32 or None."""
+    """The features of a leaf that a pass computes.
+
+    Attributes:
+        features: ``(K,)`` int64 indices.
+        gate: ``(K,)`` factors of the consumer's inputs, float32 (float64 for a float64 leaf), or None for 1.
+    """
 
     features: Tensor
     gate: Tensor | None = None
@@ -43,7 +51,7 @@ def decodes(x: Tensor, rows: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool, kept: Kept | None) -> Tensor:
-    """A linear layer over its kept units.
+    """A linear layer over its kept units, from its whole weight.
 
     Args:
         x: ``(..., in)``, or ``(..., K)`` where the kept units are inputs.
@@ -62,7 +70,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool, kept:
         (weight,) = ops.gather_rows([weight], [features], [gate], [1 if by_input else 0])
         if bias is not None and not by_input:
             bias = bias.index_select(0, features)
-    return nn.functional.linear(x, weight, bias)
+    return ops.linear(x, weight, bias)
 
 
 # ---- MLPs ------------------------------------------------------------------------------------------------------------
@@ -70,12 +78,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool, kept:
 
 @dataclass(frozen=True)
 class MlpParts:
-    """An MLP sub-layer as `gated_mlp_decode` computes it: names of its linear modules, and its activation."""
+    """An MLP as `gated_mlp` computes it: names of its linear modules, its activation, whether it drops out."""
 
     up: str
     down: str
     gate: str | None
     act: str
+    dropout: bool
 
 
 def unit_rows(module: Any, by_input: bool) -> Tensor:
@@ -98,29 +107,29 @@ def recognise(activation: nn.Module) -> str | None:
 
 
 def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Forward of an accelerated MLP: one operator for few tokens, else the class's own forward."""
+    """Forward of a fused MLP: one operator, unless a leaf was given other weights or the call is not a plain one."""
     parts: MlpParts = self._ppnet_mlp
     up, down = getattr(self, parts.up), getattr(self, parts.down)
     gate = None if parts.gate is None else getattr(self, parts.gate)
     binding = down._ppnet_binding
-    up_rows = unit_rows(up, False)
-    plain = not args and not kwargs and not binding.overrides
-    if not plain or self.training or not decodes(x, up_rows):
+    # Dropout, and hooks on what would not be called, are for the class's own forward.
+    hooked = any(child._forward_hooks or child._forward_pre_hooks for child in self.children())
+    own = args or kwargs or hooked or binding.overrides or (self.training and parts.dropout)
+    if own or x.device.type != "cpu":
         return type(self).forward(self, x, *args, **kwargs)
     kept: Kept | None = binding.kept
-    y = ops.gated_mlp_decode(
-        x.reshape(-1, x.shape[-1]),
-        up_rows,
-        unit_rows(down, True),
-        None if gate is None else unit_rows(gate, False),
-        up_bias=up.bias,
-        gate_bias=None if gate is None else gate.bias,
-        down_bias=down.bias,
-        idx=None if kept is None else kept.features,
-        z=None if kept is None else kept.gate,
-        act=parts.act,
-    )
-    return y.view(x.shape)
+    weights = (unit_rows(up, False), unit_rows(down, True), None if gate is None else unit_rows(gate, False))
+    options = {
+        "up_bias": up.bias,
+        "gate_bias": None if gate is None else gate.bias,
+        "down_bias": down.bias,
+        "idx": None if kept is None else kept.features,
+        "z": None if kept is None else kept.gate,
+        "act": parts.act,
+    }
+    if binding.decode and decodes(x, weights[0]) and weights[1].stride(1) == 1:
+        return ops.gated_mlp_decode(x.reshape(-1, x.shape[-1]), *weights, **options).view(x.shape)
+    return ops.gated_mlp(x, *weights, **options)
 
 
 def fuse_mlp(block: nn.Module, parts: MlpParts) -> None:
@@ -129,15 +138,54 @@ def fuse_mlp(block: nn.Module, parts: MlpParts) -> None:
     block.__dict__["forward"] = MethodType(mlp_forward, block)
 
 
+def mlp_parts(block: nn.Module, site: Site) -> MlpParts | None:
+    """The parts of an MLP in which feature u of every leaf is unit u, and whose activation is known; else None."""
+    plain = torch.arange(site.units)
+    if any(leaf.index.shape[1] != 1 or not torch.equal(leaf.index[:, 0], plain) for leaf in site.leaves):
+        return None
+    prefix = f"{site.block}."
+    names = {leaf.role: leaf.name.removeprefix(prefix) for leaf in site.leaves if leaf.name.startswith(prefix)}
+    if len(names) < len(site.leaves) or not {"up", "out"} <= names.keys() <= {"gate", "up", "out"}:
+        return None
+    others = [module for name, module in block.named_children() if name not in names.values()]
+    dropouts = [other for other in others if isinstance(other, nn.Dropout)]
+    acts = {recognise(other) for other in others if not isinstance(other, nn.Dropout)}
+    act = next(iter(acts)) if len(acts) == 1 else None
+    dropout = any(each.p > 0 for each in dropouts)
+    return None if act is None else MlpParts(names["up"], names["out"], names.get("gate"), act, dropout)
+
+
+@torch.no_grad()
+def fuse_mlps(model: nn.Module, sites: Iterable[Site]) -> list[str]:
+    """Fuses every MLP whose parts are known and whose result is then the same; returns the names of these blocks."""
+    fused = []
+    training = model.training
+    model.eval()
+    try:
+        for site in sites:
+            block = model.get_submodule(site.block)
+            parts = mlp_parts(block, site) if site.kind == "neuron" and "_ppnet_mlp" not in block.__dict__ else None
+            if parts is None:
+                continue
+            fuse_mlp(block, parts)
+            if computes_the_same(block, parts):
+                fused.append(site.block)
+            else:
+                unfuse_mlp(block)
+    finally:
+        model.train(training)
+    return fused
+
+
 def unfuse_mlp(block: nn.Module) -> None:
     block.__dict__.pop("_ppnet_mlp", None)
     block.__dict__.pop("forward", None)
 
 
-@torch.no_grad()
-def computes_the_same(block: nn.Module, width: int, like: Tensor) -> bool:
+def computes_the_same(block: nn.Module, parts: MlpParts) -> bool:
     """Whether a fused MLP agrees with the forward of its class on random tokens."""
-    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(like)
+    weight = unit_rows(block.get_submodule(parts.up), False)
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     ours, own = cast(Tensor, block(x)), cast(Any, type(block)).forward(block, x)
-    tolerance = 1e-4 if like.dtype == torch.float32 else 4e-2
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 4e-2
     return bool((ours - own).abs().max() <= tolerance * own.abs().max())

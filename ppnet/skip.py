@@ -284,7 +284,7 @@ class Engine:
     def _bind(self, index: int, site_pass: SitePass) -> None:
         site = self.sites[index]
         self.active[index] = site_pass
-        if self.by_index and not torch.is_grad_enabled():
+        if self._fused(site) if torch.is_grad_enabled() else self.by_index:
             for leaf in site.leaves:
                 self.binding(leaf).set(None, None, self._kept(leaf, site_pass))
         else:
@@ -294,10 +294,17 @@ class Engine:
         self.set_attributes(site, len(site_pass.computed))
 
     def _kept(self, leaf: Leaf, site_pass: SitePass) -> Kept:
+        weight = leaf_module(self.model, leaf).weight
         gate = None
         if leaf.role == "out" and site_pass.gate is not None:
-            gate = site_pass.gate.detach().float().repeat_interleave(leaf.features_per_unit)
-        return Kept(leaf.features(site_pass.computed).to(leaf_module(self.model, leaf).weight.device), gate)
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            gate = site_pass.gate.to(wide).repeat_interleave(leaf.features_per_unit)
+        return Kept(leaf.features(site_pass.computed).to(weight.device), gate)
+
+    def _fused(self, site: Site) -> bool:
+        """Whether a site is computed by `gated_mlp`, which gathers what it needs and remembers no weights."""
+        block = self.model.get_submodule(site.block)
+        return "_ppnet_mlp" in block.__dict__ and leaf_module(self.model, site.consumer).weight.device.type == "cpu"
 
     # ---- sub-layer hooks -----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ppnet import ops
 from ppnet.binding import gather_site
 from ppnet.gates.draw import generator
 from ppnet.units import Site
@@ -99,7 +100,7 @@ def dropped_gate_gradient(
             kwargs = {name: _pick(value, picked, batch) for name, value in kwargs.items()}
         kwargs = {name: None if name == "past_key_values" else value for name, value in kwargs.items()}
     outputs, columns = _unit_outputs(dropped, x, args, kwargs)
-    dunits = torch.nn.functional.linear(dy, columns.t())
+    dunits = ops.linear(dy, columns.t())
     products = (outputs.float() * dunits.float()).flatten(0, -2).sum(dim=0)
     return products.view(len(dropped.units), -1).sum(dim=1) * weight
 
@@ -136,7 +137,8 @@ def _unit_outputs(
     """The sub-layer's own forward on the dropped units: (their outputs ``(B, T, K * r)``, columns ``(D, K * r)``)."""
     engine, site = dropped.engine, dropped.site
     weights = gather_site(engine.model, site, dropped.units, None)
-    saved = [(engine.binding(leaf), engine.binding(leaf).weight, engine.binding(leaf).bias) for leaf in site.leaves]
+    bindings = [engine.binding(leaf) for leaf in site.leaves]
+    saved = [(binding, binding.weight, binding.bias, binding.kept) for binding in bindings]
     computed = engine.active[dropped.index]
     consumer = engine.binding(site.consumer)
     captured: list[Tensor] = []
@@ -150,8 +152,8 @@ def _unit_outputs(
         block.forward(x, *args, **{name: value for name, value in kwargs.items() if name != "hidden_states"})
     finally:
         consumer.capture = None
-        for binding, weight, bias in saved:
-            binding.set(weight, bias)
+        for binding, weight, bias, kept in saved:
+            binding.set(weight, bias, kept)
         engine.set_attributes(site, site.units if computed is None else len(computed.computed))
     columns = weights[site.consumer.name][0]
     return captured[0], columns if site.consumer.weight_dim == 1 else columns.t()

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ppnet.binding import patch_leaf, unpatch_leaf
+from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.errors import PPNetError, UnsupportedModelError
 from ppnet.families import structure_of
 from ppnet.gates import Puppet, PuppetConfig
@@ -109,9 +110,11 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     host.__dict__.pop("ppnet_plan", None)  # of an earlier compaction: the gates decide anew what stays
     model.register_forward_pre_hook(engine.before_forward)
     model.register_forward_hook(engine.after_forward)
-    for index, site in enumerate(structure.sites):
+    for site in structure.sites:
         for leaf in site.leaves:
             patch_leaf(leaf_module(model, leaf), by_input=leaf.role == "out")
+    fuse_mlps(model, structure.sites)
+    for index, site in enumerate(structure.sites):
         block = model.get_submodule(site.block)
         block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
         block.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
@@ -150,6 +153,7 @@ def strip(model: Model) -> Model:
         for leaf in site.leaves:
             unpatch_leaf(leaf_module(model, leaf))
         block = model.get_submodule(site.block)
+        unfuse_mlp(block)
         _remove_hooks(block, lambda hook: isinstance(hook, SubLayerHook))
     _remove_hooks(model, lambda hook: getattr(hook, "__self__", None) is engine)
     del model.puppet
