@@ -10,28 +10,28 @@ namespace {
 // ---- activations: the value, or the value f and the derivative ---------------------------------------------------------
 
 struct Silu {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
-    return x / (constant<V>(1) + e_to(-x));
+    return x / (constant<V>(1) + e_to<kShort>(-x));
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    const V s = logistic(x);
+    const V s = logistic<kShort>(x);
     f = x * s;
     slope = fma(f, constant<V>(1) - s, s);
   }
 };
 
 struct Gelu {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
     V bell;
-    return x * normal_cdf(x, bell);
+    return x * normal_cdf<kShort>(x, bell);
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     V bell;
-    const V p = normal_cdf(x, bell);
+    const V p = normal_cdf<kShort>(x, bell);
     f = x * p;
     slope = fma(x * bell, constant<V>(0.39894228040143267794), p);
   }
@@ -44,15 +44,15 @@ struct GeluTanh {
   static V twice_y(V x) {
     return constant<V>(kLinear) * fma(constant<V>(kCubic) * x * x, x, x);
   }
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
-    return x / (constant<V>(1) + e_to(-twice_y(x)));
+    return x / (constant<V>(1) + e_to<kShort>(-twice_y(x)));
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V one = constant<V>(1), zero = constant<V>(0), t = twice_y(x);
     // s and 1 - s from e^-|t|: the slope of y is so large that 1 - s must not cancel.
-    const V e = e_to(-max(t, -t)), large = one / (one + e), small = e * large;
+    const V e = e_to<kShort>(-max(t, -t)), large = one / (one + e), small = e * large;
     const V s = if_less(t, zero, small, large), rest = if_less(t, zero, large, small);
     f = x * s;
     const V slope_of_y = constant<V>(kLinear) * fma(constant<V>(3 * kCubic) * x, x, one);
@@ -61,11 +61,11 @@ struct GeluTanh {
 };
 
 struct Relu {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
     return max(constant<V>(0), x);
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V zero = constant<V>(0);
     f = max(zero, x);
@@ -74,12 +74,12 @@ struct Relu {
 };
 
 struct Relu2 {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
     const V f = max(constant<V>(0), x);
     return f * f;
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V positive = max(constant<V>(0), x);
     f = positive * positive;
@@ -120,11 +120,12 @@ struct Forward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
   static constexpr int64_t lanes = Vector<T>::lanes;
+  static constexpr bool kShort = sizeof(T) == 2;
   const T *up, *gate;
   const C* z;
   T* h;
 
-  static V value(V up, V gate) { return kGate ? A::value(gate) * up : A::value(up); }
+  static V value(V up, V gate) { return kGate ? A::template value<kShort>(gate) * up : A::template value<kShort>(up); }
   void line(int64_t i) const {
     V out[kLine<T> / lanes];
     for (V& x : out) {
@@ -146,6 +147,7 @@ struct Backward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
   static constexpr int64_t lanes = Vector<T>::lanes;
+  static constexpr bool kShort = sizeof(T) == 2;
   const T *dh, *up, *gate;
   const C* z;
   T *dup, *dgate;
@@ -156,7 +158,7 @@ struct Backward {
   };
   static Result value(V dh, V up, V gate, V z) {
     V f, slope;
-    A::both(kGate ? gate : up, f, slope);
+    A::template both<kShort>(kGate ? gate : up, f, slope);
     const V through = dh * z;
     if (!kGate) return {through * slope, V{}, dh * f};
     return {through * f, through * up * slope, dh * f * up};
