@@ -22,7 +22,7 @@ from torch.nn import functional
 
 PATHS = ("auto", "torch", "onednn")
 
-# Products of fewer floating point operations are torch's: the detour through the operator costs some 20 us.
+# Products of fewer floating point operations are torch's: the detour through a Python operator would show.
 MIN_FLOP = 50_000_000
 
 # Median time of torch's path / of oneDNN's, typical of forward and dX: measure_linear() on 2 vCPUs of an AMD EPYC of
