@@ -112,12 +112,13 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     up, down = getattr(self, parts.up), getattr(self, parts.down)
     gate = None if parts.gate is None else getattr(self, parts.gate)
     binding = down._ppnet_binding
-    # Dropout, and hooks on what would not be called, are for the class's own forward.
-    hooked = any(child._forward_hooks or child._forward_pre_hooks for child in self.children())
-    own = args or kwargs or hooked or binding.overrides or (self.training and parts.dropout)
-    if own or x.device.type != "cpu":
-        return type(self).forward(self, x, *args, **kwargs)
     kept: Kept | None = binding.kept
+    # Dense evaluation is the class's own, to the bit; so are dropout, and hooks on what would not be called.
+    wanted = torch.is_grad_enabled() or binding.decode or kept is not None
+    hooked = any(child._forward_hooks or child._forward_pre_hooks for child in self.children())
+    special = args or kwargs or hooked or binding.overrides or (self.training and parts.dropout)
+    if not wanted or special or x.device.type != "cpu":
+        return type(self).forward(self, x, *args, **kwargs)
     weights = (unit_rows(up, False), unit_rows(down, True), None if gate is None else unit_rows(gate, False))
     options = {
         "up_bias": up.bias,

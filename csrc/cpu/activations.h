@@ -1,4 +1,5 @@
-// Activations on a vector of floats or on a double: the value, or the value f and the derivative.
+// Activations on a vector of floats or on a double: the value, or the value f and the derivative. kShort: precise enough
+// for results that are rounded to 16 bits (vec_math.h).
 // Included only by files of csrc/cpu, which are compiled once per instruction set: everything has internal linkage.
 #pragma once
 
@@ -8,28 +9,28 @@
 namespace {
 
 struct Silu {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
-    return x / (constant<V>(1) + e_to(-x));
+    return x / (constant<V>(1) + e_to<kShort>(-x));
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    const V s = logistic(x);
+    const V s = logistic<kShort>(x);
     f = x * s;
     slope = fma(f, constant<V>(1) - s, s);
   }
 };
 
 struct Gelu {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
     V bell;
-    return x * normal_cdf(x, bell);
+    return x * normal_cdf<kShort>(x, bell);
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     V bell;
-    const V p = normal_cdf(x, bell);
+    const V p = normal_cdf<kShort>(x, bell);
     f = x * p;
     slope = fma(x * bell, constant<V>(0.39894228040143267794), p);
   }
@@ -42,15 +43,15 @@ struct GeluTanh {
   static V twice_y(V x) {
     return constant<V>(kLinear) * fma(constant<V>(kCubic) * x * x, x, x);
   }
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
-    return x / (constant<V>(1) + e_to(-twice_y(x)));
+    return x / (constant<V>(1) + e_to<kShort>(-twice_y(x)));
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V one = constant<V>(1), zero = constant<V>(0), t = twice_y(x);
     // s and 1 - s from e^-|t|: the slope of y is so large that 1 - s must not cancel.
-    const V e = e_to(-max(t, -t)), large = one / (one + e), small = e * large;
+    const V e = e_to<kShort>(-max(t, -t)), large = one / (one + e), small = e * large;
     const V s = if_less(t, zero, small, large), rest = if_less(t, zero, large, small);
     f = x * s;
     const V slope_of_y = constant<V>(kLinear) * fma(constant<V>(3 * kCubic) * x, x, one);
@@ -59,11 +60,11 @@ struct GeluTanh {
 };
 
 struct Relu {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
     return max(constant<V>(0), x);
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V zero = constant<V>(0);
     f = max(zero, x);
@@ -72,12 +73,12 @@ struct Relu {
 };
 
 struct Relu2 {
-  template <class V>
+  template <bool kShort, class V>
   static V value(V x) {
     const V f = max(constant<V>(0), x);
     return f * f;
   }
-  template <class V>
+  template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V positive = max(constant<V>(0), x);
     f = positive * positive;

@@ -40,11 +40,12 @@ struct Forward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
   static constexpr int64_t lanes = Vector<T>::lanes;
+  static constexpr bool kShort = sizeof(T) == 2;
   const T *up, *gate;
   const C* z;
   T* h;
 
-  static V value(V up, V gate) { return kGate ? A::value(gate) * up : A::value(up); }
+  static V value(V up, V gate) { return kGate ? A::template value<kShort>(gate) * up : A::template value<kShort>(up); }
   void line(int64_t i) const {
     V out[kLine<T> / lanes];
     for (V& x : out) {
@@ -66,6 +67,7 @@ struct Backward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
   static constexpr int64_t lanes = Vector<T>::lanes;
+  static constexpr bool kShort = sizeof(T) == 2;
   const T *dh, *up, *gate;
   const C* z;
   T *dup, *dgate;
@@ -76,7 +78,7 @@ struct Backward {
   };
   static Result value(V dh, V up, V gate, V z) {
     V f, slope;
-    A::both(kGate ? gate : up, f, slope);
+    A::template both<kShort>(kGate ? gate : up, f, slope);
     const V through = dh * z;
     if (!kGate) return {through * slope, V{}, dh * f};
     return {through * f, through * up * slope, dh * f * up};

@@ -16,7 +16,7 @@ void activate(const float* gate, float* h, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const int64_t m = n - i < kLanes ? n - i : kLanes;
     const vfloat u = load(h + i, m);
-    store(h + i, kGlu ? A::value(load(gate + i, m)) * u : A::value(u), m);
+    store(h + i, kGlu ? A::template value<false>(load(gate + i, m)) * u : A::template value<false>(u), m);
   }
 }
 

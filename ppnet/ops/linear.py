@@ -22,11 +22,11 @@ from torch.nn import functional
 
 PATHS = ("auto", "torch", "onednn")
 
-# Products of fewer floating point operations are torch's: the detour through the operator costs some 20 us.
+# Products of fewer floating point operations are torch's: the detour through a Python operator would show.
 MIN_FLOP = 50_000_000
 
 # Median time of torch's path / of oneDNN's, typical of forward and dX: measure_linear() on 2 vCPUs of an AMD EPYC of
-# family 26 (Zen 5) while the host was busy, torch 2.13, gave 1.14 to 1.40 with 2 threads and 1.19 to 1.48 with one for
+# family 25 (Zen 4) while the host was busy, torch 2.13, gave 1.14 to 1.40 with 2 threads and 1.19 to 1.48 with one for
 # 2048 x 512 -> 2048, 2048 x 2048 -> 512 and 512 x 4096 -> 11008. bfloat16 is oneDNN's in torch too: about 1.
 # A processor without a line computes with torch's path.
 MEASURED: dict[tuple[str, str, torch.dtype], float] = {

@@ -13,6 +13,11 @@ EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=extension.supported_isas() or ["torch"])
 def isa(request):
     """Each instruction set this processor has."""
@@ -104,7 +109,7 @@ def test_against_float64(rows, k, act, dtype, isa, threads):
                 else:  # torch's error in dz may be 0 by luck: a few roundings of the products are no bar either
                     assert o.dtype == torch.float32
                     h = composed(*wide(up, gate), None, act)
-                    floor = 2.0**-21 * (dh.double() * h).abs().sum(0)
+                    floor = 2.0**-21 * (dh.double() * h).abs().sum(0) + 2.0**-40  # float64's tanh cancels
                     assert ((o.double() - e).abs() <= 2 * (t.double() - e).abs().max() + floor).all()
 
 

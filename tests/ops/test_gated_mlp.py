@@ -9,6 +9,11 @@ from ppnet.ops import gated_act_ref, gated_mlp, gated_mlp_ref, linear_path
 NAMES = ["x", "up", "down", "gate", "up_bias", "gate_bias", "down_bias", "z"]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()

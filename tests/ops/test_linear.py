@@ -15,6 +15,11 @@ LARGE = (300, 400, 500)  # T, D, F beyond MIN_FLOP
 assert 2 * LARGE[0] * LARGE[1] * LARGE[2] >= MIN_FLOP
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["torch", "onednn"])
 def path(request):
     with linear_path(request.param):
