@@ -4,9 +4,10 @@
 
 with g = h // (H / Hkv). Two paths compute it, chosen by `attention_path` from shapes, dtype and processor alone:
 "sdpa" is torch's flash attention for the CPU; "gemm" is two batched matrix products (three more in the backward) with a
-softmax between, a block of queries at a time. See docs of `attention_path` for the measurements behind the choice.
+softmax between, a block of queries at a time. `attention_path` says why.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -28,26 +29,28 @@ _LIBRARY.define(
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Scores of one block of queries: this many stay in a last-level cache of a few MB per core.
+# A block of scores, and its queries: 8 MB of bf16 stay in the last-level cache; fewer queries slow the products down.
 _BLOCK_SCORES = 1 << 22
 _BLOCK_QUERIES = 256
-# Below this many query-key pairs per head the blocks' calls cost more than they save.
-_GEMM_PAIRS = 1 << 16
+# T · S · Dh from which the blocks gain more than their calls cost.
+_GEMM_WORK = 1 << 22
+_GEMM_WORK_CAUSAL = 1 << 24
 
 
-def attention_path(query: Tensor, key: Tensor) -> str:
+def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
     """ "gemm" or "sdpa": how gated_attention computes these shapes on this processor; the same at every run.
 
-    "gemm" for bfloat16 on a processor with AVX512-BF16 and no AMX, from 65536 query-key pairs per head on: there oneDNN's
-    products run at the processor's bf16 rate, while torch's flash attention calls a product that does not. It rounds
-    scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: float32 products are no faster
-    outside of it, with AMX it uses the same products, and on other devices it is torch's own choice.
+    "gemm" for bfloat16 on a processor with AVX512-BF16 and no AMX, from T · S · Dh = 4 Mi on (causal: 16 Mi): there
+    oneDNN's products use the processor's bf16 units, and those inside torch's flash attention do not. On 2 cores, 16
+    heads of 64 to 128, S of 512 to 1024, it took 1/1.2 to 1/1.6 of the time forward and 1/0.9 to 1/1.6 with the backward.
+    It rounds scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: blocks of float32
+    products took up to 1.8 times as long, flash attention itself uses AMX, and other devices choose themselves.
     """
-    pairs = query.shape[-2] * key.shape[-2]
     bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if bf16 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported() and pairs >= _GEMM_PAIRS:
-        return "gemm"
-    return "sdpa"
+    if not bf16 or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "sdpa"
+    work = query.shape[-2] * key.shape[-2] * query.shape[-1]
+    return "gemm" if work >= (_GEMM_WORK_CAUSAL if is_causal else _GEMM_WORK) else "sdpa"
 
 
 def gated_attention(
@@ -74,8 +77,9 @@ def gated_attention(
     scale: None is 1/sqrt(Dh).
 
     Returns (B, H, T, Dh) of query's dtype, laid out as (B, T, H, Dh). A query that may attend to nothing gives 0.
-    The backward recomputes: query, key, value, mask, the output and B · H · T floats are kept. Workspace: 5 blocks of
-    4 Mi scores, or one block of 32 queries. Under autocast query, key and value are cast to its dtype.
+    The backward recomputes: query, key, value, mask, the output and B · H · T floats are kept. Workspace of "gemm": 2
+    blocks of 4 Mi scores (3 in the backward; at least 32 queries of one group), and float32 sums of dkey and dvalue.
+    Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
     _check(query, key, value, gate, mask, window)
@@ -125,7 +129,9 @@ def _check(
             )
     (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
     for name, t in (("key", key), ("value", value)):
-        if t.shape != (batch, kv_heads, keys, width) or (t.dtype != query.dtype and not torch.is_autocast_enabled("cpu")):
+        if t.shape != (batch, kv_heads, keys, width) or (
+            t.dtype != query.dtype and not torch.is_autocast_enabled("cpu")
+        ):
             raise RuntimeError(
                 f"gated_attention: {name} has shape {tuple(t.shape)} and dtype {t.dtype}; it must be (B, Hkv, S, Dh) = "
                 f"{(batch, kv_heads, keys, width)} and {query.dtype}, as query {tuple(query.shape)}"
@@ -140,7 +146,9 @@ def _check(
         return
     full = (batch, heads, tokens, keys)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise RuntimeError(f"gated_attention: mask has dtype {mask.dtype}; allowed are bool (true: attend) and floating")
+        raise RuntimeError(
+            f"gated_attention: mask has dtype {mask.dtype}; allowed are bool (true: attend) and floating"
+        )
     if mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False)):
         raise RuntimeError(
             f"gated_attention: mask has shape {tuple(mask.shape)}; it must broadcast to (B, H, T, S) = {full}"
@@ -197,7 +205,7 @@ def _block_queries(heads: int, keys: int) -> int:
 
 
 class _Blocks:
-    """One sequence in blocks of queries: scores of (Hkv, H / Hkv · queries, keys) at a time."""
+    """Heads of one sequence in blocks of queries: scores of (Hkv, H / Hkv · queries, keys) at a time."""
 
     def __init__(
         self,
@@ -272,7 +280,7 @@ class _Blocks:
             scores.masked_fill_(~_attended(mask), -torch.inf)
 
 
-def _sequences(
+def _parts(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -281,23 +289,33 @@ def _sequences(
     scale: float,
     window: int,
     buffers: int,
-) -> Iterator[_Blocks]:
+) -> Iterator[tuple[int, slice, slice, _Blocks]]:
+    """Sequence, heads, KV heads and their blocks: as few heads at a time as fill a block of scores."""
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-    heads, keys = query.shape[1], key.shape[2]
-    scores = heads * keys * min(_block_queries(heads, keys), query.shape[2])
-    memory = [query.new_empty(max(scores, heads * max(keys, query.shape[2]) * query.shape[3])) for _ in range(buffers)]
-    for b in range(query.shape[0]):
-        own = None if mask is None else mask[b if mask.shape[0] > 1 else 0]
-        yield _Blocks(query[b].contiguous(), key[b], value[b], own, is_causal, scale, window, memory)
+    (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
+    repeat = heads // kv_heads
+    step = min(kv_heads, max(1, _BLOCK_SCORES // (repeat * keys * min(_BLOCK_QUERIES, tokens))))
+    size = step * repeat * max(keys * min(_block_queries(step * repeat, keys), tokens), keys * width, tokens * width)
+    memory = [query.new_empty(size) for _ in range(buffers)]
+    for b, kv_first in itertools.product(range(batch), range(0, kv_heads, step)):
+        of_kv = slice(kv_first, min(kv_first + step, kv_heads))
+        of_query = slice(of_kv.start * repeat, of_kv.stop * repeat)
+        own = None
+        if mask is not None:
+            own = mask[b if mask.shape[0] > 1 else 0, of_query if mask.shape[1] > 1 else slice(None)]
+        blocks = _Blocks(
+            query[b, of_query].contiguous(), key[b, of_kv], value[b, of_kv], own, is_causal, scale, window, memory
+        )
+        yield b, of_query, of_kv, blocks
 
 
 def _gemm(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
 ) -> Tensor:
     out = _by_token(query).zero_()
-    for b, blocks in enumerate(_sequences(query, key, value, mask, is_causal, scale, window, 2)):
-        to = out[b].unflatten(0, (blocks.kv_heads, -1))
+    for b, heads, _, blocks in _parts(query, key, value, mask, is_causal, scale, window, 2):
+        to = out[b, heads].unflatten(0, (blocks.kv_heads, -1))
         for queries, keys in blocks:
             weights = blocks.weights(blocks.rows(blocks.query, queries), queries, keys)
             product = blocks.product(1, weights, blocks.value[:, keys])
@@ -316,9 +334,9 @@ def _gemm_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dquery, dkey, dvalue = _by_token(query).zero_(), torch.empty_like(key), torch.empty_like(value)
-    for b, blocks in enumerate(_sequences(query, key, value, mask, is_causal, scale, window, 3)):
-        to = dquery[b].unflatten(0, (blocks.kv_heads, -1))
-        dout_b = dout[b].contiguous()
+    for b, heads, kv_heads, blocks in _parts(query, key, value, mask, is_causal, scale, window, 3):
+        to = dquery[b, heads].unflatten(0, (blocks.kv_heads, -1))
+        dout_b = dout[b, heads].contiguous()
         # Sums over blocks in float32, rounded once.
         dkey_b, dvalue_b = (torch.zeros(t.shape, dtype=_wide(t)) for t in (blocks.key, blocks.value))
         for queries, keys in blocks:
@@ -332,7 +350,7 @@ def _gemm_backward(
             product = blocks.product(1, dscores, blocks.key[:, keys], scale)
             to[:, :, queries] = product.view(to[:, :, queries].shape)
             dkey_b[:, keys] += blocks.product(1, dscores.transpose(1, 2), rows)
-        dkey[b], dvalue[b] = dkey_b * scale, dvalue_b
+        dkey[b, kv_heads], dvalue[b, kv_heads] = dkey_b * scale, dvalue_b
     return dquery, dkey, dvalue
 
 
@@ -357,7 +375,7 @@ def _gated_attention(
     if query.numel() == 0 or key.numel() == 0:
         return _by_token(query).zero_(), lse
     key, value = _without_garbage(query, key, value, mask)
-    if attention_path(query, key) == "gemm":
+    if attention_path(query, key, is_causal) == "gemm":
         return _gemm(query, key, value, mask, is_causal, scale, window), lse
     bias = _flash_mask(query, key, mask, is_causal, window)
     out, lse = _FLASH(query, key, value, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale)
@@ -381,7 +399,7 @@ def _gated_attention_backward(
     if query.numel() == 0 or key.numel() == 0:
         return _by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
     key, value = _without_garbage(query, key, value, mask)
-    if attention_path(query, key) == "gemm":
+    if attention_path(query, key, is_causal) == "gemm":
         return _gemm_backward(dout, query, key, value, mask, is_causal, scale, window)
     bias = _flash_mask(query, key, mask, is_causal, window)
     dquery, dkey, dvalue = _FLASH_BACKWARD(

@@ -1,4 +1,4 @@
-"""gated_attention_decode: against float64, masks of every kind, groups, strides, garbage behind masks, tracing, errors."""
+"""gated_attention_decode: float64, masks of every kind, groups, strides, garbage behind masks, tracing, errors."""
 
 import pytest
 import torch
