@@ -7,13 +7,10 @@ with g = h // (H / Hkv). Two paths compute it, chosen by `attention_path` from s
 softmax between, a block of queries at a time. `attention_path` says why.
 """
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
+from ppnet.ops.gated_attention_gemm import attended, empty_by_token, gemm, gemm_backward, wide
 from ppnet.ops.rows import _LIBRARY
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, int window"
@@ -29,9 +26,6 @@ _LIBRARY.define(
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# A block of scores, and its queries: 8 MB of bf16 stay in the last-level cache; fewer queries slow the products down.
-_BLOCK_SCORES = 1 << 22
-_BLOCK_QUERIES = 256
 # T · S · Dh from which the blocks gain more than their calls cost.
 _GEMM_WORK = 1 << 22
 _GEMM_WORK_CAUSAL = 1 << 24
@@ -42,7 +36,7 @@ def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
 
     "gemm" for bfloat16 on a processor with AVX512-BF16 and no AMX, from T · S · Dh = 4 Mi on (causal: 16 Mi): there
     oneDNN's products use the processor's bf16 units, and those inside torch's flash attention do not. On 2 cores, 16
-    heads of 64 to 128, S of 512 to 1024, it took 1/1.2 to 1/1.6 of the time forward and 1/0.9 to 1/1.6 with the backward.
+    heads of 64 to 128, S of 512 to 1024, it took 62 to 83 % of the time forward, and 60 to 110 % with the backward.
     It rounds scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: blocks of float32
     products took up to 1.8 times as long, flash attention itself uses AMX, and other devices choose themselves.
     """
@@ -114,7 +108,7 @@ def gated_attention_ref(
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     alive = attend.any(-1, keepdim=True)
-    weights = torch.where(alive, torch.where(attend, scores, -torch.inf), 0).softmax(-1, dtype=_wide(query))
+    weights = torch.where(alive, torch.where(attend, scores, -torch.inf), 0).softmax(-1, dtype=wide(query))
     return torch.where(alive, weights, 0).to(query.dtype) @ value
 
 
@@ -158,11 +152,6 @@ def _check(
 # --- which positions --------------------------------------------------------------------------------------------------
 
 
-def _attended(mask: Tensor) -> Tensor:
-    """Where a mask lets attend; see gated_attention."""
-    return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min)
-
-
 def _attend(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, window: int) -> Tensor:
     """Which positions each query attends to: bool, (1, 1, T, S) or as large as the mask."""
     tokens, keys = query.shape[2], key.shape[2]
@@ -173,7 +162,7 @@ def _attend(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, wi
         attend = attend & (position <= own)
     if window:
         attend = attend & (position > own - window)
-    return attend if mask is None else attend & _attended(mask)
+    return attend if mask is None else attend & attended(mask)
 
 
 def _without_garbage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -181,7 +170,7 @@ def _without_garbage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if mask is None:
         return key, value
     mask = mask[(None,) * (4 - mask.dim())]
-    used = _attended(mask).any(2).any(1)[:, None, :, None]
+    used = attended(mask).any(2).any(1)[:, None, :, None]
     return torch.where(used, key, 0), torch.where(used, value, 0)
 
 
@@ -197,189 +186,22 @@ def _flash_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     return torch.where(attend, bias, -torch.inf)
 
 
-# --- blocks of matrix products ----------------------------------------------------------------------------------------
-
-
-def _block_queries(heads: int, keys: int) -> int:
-    return min(max(_BLOCK_SCORES // (heads * keys) // 32 * 32, 32), _BLOCK_QUERIES)
-
-
-class _Blocks:
-    """Heads of one sequence in blocks of queries: scores of (Hkv, H / Hkv · queries, keys) at a time."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        window: int,
-        memory: list[Tensor],
-    ) -> None:
-        self.heads, self.tokens, self.width = query.shape
-        self.kv_heads, self.keys = key.shape[:2]
-        self.query = query.view(self.kv_heads, -1, self.tokens, self.width)
-        self.key, self.value = key.contiguous(), value.contiguous()
-        self.mask, self.is_causal, self.scale, self.window, self.memory = mask, is_causal, scale, window, memory
-
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """Queries and the keys that some of them attend to."""
-        size = _block_queries(self.heads, self.keys)
-        before = self.keys - self.tokens
-        for first in range(0, self.tokens, size):
-            last = min(first + size, self.tokens)
-            end = min(self.keys, before + last) if self.is_causal else self.keys
-            start = max(0, before + first - self.window + 1) if self.window else 0
-            if start < end:
-                yield slice(first, last), slice(start, end)
-
-    def buffer(self, which: int, shape: Sequence[int]) -> Tensor:
-        """Scores of a block: memory fresh from the system would cost as much as the product that fills it."""
-        return self.memory[which][: math.prod(shape)].view(shape)
-
-    def product(self, which: int, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-        out = self.buffer(which, (left.shape[0], left.shape[1], right.shape[2]))
-        return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
-
-    def rows(self, t: Tensor, queries: slice) -> Tensor:
-        """A block of (H, T, Dh) as (Hkv, H / Hkv · queries, Dh)."""
-        block = t.view(self.kv_heads, -1, self.tokens, self.width)[:, :, queries]
-        return block.reshape(self.kv_heads, -1, self.width)
-
-    def weights(self, rows: Tensor, queries: slice, keys: slice) -> Tensor:
-        """softmax of the masked scores; 0 in rows that attend to nothing."""
-        by_key = self.key[:, keys].transpose(1, 2)
-        scores = self.product(0, rows, by_key, self.scale)
-        self._mask_(scores.view(self.kv_heads, self.heads // self.kv_heads, -1, scores.shape[-1]), queries, keys)
-        alone = None  # rows that attend to nothing
-        if self.mask is not None or self.tokens > self.keys:
-            alone = scores.amax(-1, keepdim=True) == -torch.inf
-        # In place: the kernel reads a row before it writes it, and half of the cache is saved.
-        weights = torch._softmax(scores, -1, False, out=scores)
-        return weights if alone is None else weights.masked_fill_(alone, 0)
-
-    def _mask_(self, scores: Tensor, queries: slice, keys: slice) -> None:
-        before = self.keys - self.tokens
-        own = torch.arange(before + queries.start, before + queries.stop)[:, None]
-        if self.is_causal:  # only the block's last keys lie after some query
-            start = max(keys.start, before + queries.start + 1)
-            scores[..., start - keys.start :].masked_fill_(torch.arange(start, keys.stop) > own, -torch.inf)
-        if self.window:  # and only its first keys before some query's window
-            stop = min(keys.stop, before + queries.stop - self.window)
-            first = torch.arange(keys.start, max(stop, keys.start)) <= own - self.window
-            scores[..., : first.shape[1]].masked_fill_(first, -torch.inf)
-        if self.mask is not None:
-            mask = self.mask[:, queries if self.mask.shape[1] > 1 else slice(None)]
-            mask = mask[..., keys if mask.shape[2] > 1 else slice(None)]
-            if mask.shape[0] > 1:
-                mask = mask.reshape(self.kv_heads, -1, *mask.shape[1:])
-            if mask.dtype != torch.bool:
-                scores.add_(mask)
-            scores.masked_fill_(~_attended(mask), -torch.inf)
-
-
-def _parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int,
-    buffers: int,
-) -> Iterator[tuple[int, slice, slice, _Blocks]]:
-    """Sequence, heads, KV heads and their blocks: as few heads at a time as fill a block of scores."""
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-    (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
-    repeat = heads // kv_heads
-    step = min(kv_heads, max(1, _BLOCK_SCORES // (repeat * keys * min(_BLOCK_QUERIES, tokens))))
-    size = step * repeat * max(keys * min(_block_queries(step * repeat, keys), tokens), keys * width, tokens * width)
-    memory = [query.new_empty(size) for _ in range(buffers)]
-    for b, kv_first in itertools.product(range(batch), range(0, kv_heads, step)):
-        of_kv = slice(kv_first, min(kv_first + step, kv_heads))
-        of_query = slice(of_kv.start * repeat, of_kv.stop * repeat)
-        own = None
-        if mask is not None:
-            own = mask[b if mask.shape[0] > 1 else 0, of_query if mask.shape[1] > 1 else slice(None)]
-        blocks = _Blocks(
-            query[b, of_query].contiguous(), key[b, of_kv], value[b, of_kv], own, is_causal, scale, window, memory
-        )
-        yield b, of_query, of_kv, blocks
-
-
-def _gemm(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
-) -> Tensor:
-    out = _by_token(query).zero_()
-    for b, heads, _, blocks in _parts(query, key, value, mask, is_causal, scale, window, 2):
-        to = out[b, heads].unflatten(0, (blocks.kv_heads, -1))
-        for queries, keys in blocks:
-            weights = blocks.weights(blocks.rows(blocks.query, queries), queries, keys)
-            product = blocks.product(1, weights, blocks.value[:, keys])
-            to[:, :, queries] = product.view(to[:, :, queries].shape)
-    return out
-
-
-def _gemm_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dquery, dkey, dvalue = _by_token(query).zero_(), torch.empty_like(key), torch.empty_like(value)
-    for b, heads, kv_heads, blocks in _parts(query, key, value, mask, is_causal, scale, window, 3):
-        to = dquery[b, heads].unflatten(0, (blocks.kv_heads, -1))
-        dout_b = dout[b, heads].contiguous()
-        # Sums over blocks in float32, rounded once.
-        dkey_b, dvalue_b = (torch.zeros(t.shape, dtype=_wide(t)) for t in (blocks.key, blocks.value))
-        for queries, keys in blocks:
-            rows, drows = blocks.rows(blocks.query, queries), blocks.rows(dout_b, queries)
-            weights = blocks.weights(rows, queries, keys)
-            dvalue_b[:, keys] += blocks.product(1, weights.transpose(1, 2), drows)
-            dweights = blocks.product(1, drows, blocks.value[:, keys].transpose(1, 2))
-            dscores = torch._softmax_backward_data(
-                dweights, weights, -1, weights.dtype, grad_input=blocks.buffer(2, weights.shape)
-            )
-            product = blocks.product(1, dscores, blocks.key[:, keys], scale)
-            to[:, :, queries] = product.view(to[:, :, queries].shape)
-            dkey_b[:, keys] += blocks.product(1, dscores.transpose(1, 2), rows)
-        dkey[b, kv_heads], dvalue[b, kv_heads] = dkey_b * scale, dvalue_b
-    return dquery, dkey, dvalue
-
-
 # --- the operators ----------------------------------------------------------------------------------------------------
-
-
-def _by_token(query: Tensor) -> Tensor:
-    """(B, H, T, Dh) laid out as (B, T, H, Dh): what the output projection reads as rows."""
-    batch, heads, tokens, width = query.shape
-    return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 @torch.library.impl(_LIBRARY, "gated_attention", "CompositeExplicitAutograd")
 def _gated_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    lse = query.new_zeros(query.shape[:3], dtype=_wide(query))
+    lse = query.new_zeros(query.shape[:3], dtype=wide(query))
     if query.numel() == 0 or key.numel() == 0:
-        return _by_token(query).zero_(), lse
+        return empty_by_token(query).zero_(), lse
     key, value = _without_garbage(query, key, value, mask)
     if attention_path(query, key, is_causal) == "gemm":
-        return _gemm(query, key, value, mask, is_causal, scale, window), lse
+        return gemm(query, key, value, mask, is_causal, scale, window), lse
     bias = _flash_mask(query, key, mask, is_causal, window)
     out, lse = _FLASH(query, key, value, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale)
-    by_token = _by_token(query)
+    by_token = empty_by_token(query)
     return (out if out.stride() == by_token.stride() else by_token.copy_(out)), lse.contiguous()
 
 
@@ -397,27 +219,27 @@ def _gated_attention_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
-        return _by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
+        return empty_by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
     key, value = _without_garbage(query, key, value, mask)
     if attention_path(query, key, is_causal) == "gemm":
-        return _gemm_backward(dout, query, key, value, mask, is_causal, scale, window)
+        return gemm_backward(dout, query, key, value, mask, is_causal, scale, window)
     bias = _flash_mask(query, key, mask, is_causal, window)
     dquery, dkey, dvalue = _FLASH_BACKWARD(
         dout, query, key, value, out, lse, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale
     )
-    return _by_token(query).copy_(dquery), torch.empty_like(key).copy_(dkey), torch.empty_like(value).copy_(dvalue)
+    return empty_by_token(query).copy_(dquery), torch.empty_like(key).copy_(dkey), torch.empty_like(value).copy_(dvalue)
 
 
 @torch.library.register_fake("ppnet::gated_attention", lib=_LIBRARY)
 def _gated_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _by_token(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+    return empty_by_token(query), query.new_empty(query.shape[:3], dtype=wide(query))
 
 
 @torch.library.register_fake("ppnet::gated_attention_backward", lib=_LIBRARY)
 def _gated_attention_backward_fake(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_token(query), torch.empty_like(key), torch.empty_like(value)
+    return empty_by_token(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _save_for_gradient(ctx, inputs, output) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import ppnet.ops.gated_attention as module
+import ppnet.ops.gated_attention_gemm as blocks
 from ppnet.ops.gated_attention import attention_path, gated_attention, gated_attention_ref
 
 SHAPES = [  # B, H, Hkv, T, S, Dh
@@ -125,7 +126,7 @@ def test_many_blocks(monkeypatch, path):
     leaves, dout = tensors((2, 4, 2, 200, 200, 16), torch.float32)
     expected = with_gradients(gated_attention, leaves, dout, torch.float32, None, is_causal=True, window=70)
     for scores in (1, 1 << 14):
-        monkeypatch.setattr(module, "_BLOCK_SCORES", scores)
+        monkeypatch.setattr(blocks, "_BLOCK_SCORES", scores)
         for a, b in zip(
             with_gradients(gated_attention, leaves, dout, torch.float32, None, is_causal=True, window=70),
             expected,

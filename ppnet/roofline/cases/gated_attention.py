@@ -35,8 +35,9 @@ def _providers(
         if not train:
             with torch.no_grad():
                 return [attention(query, key, value, is_causal=causal)]
-        out = attention(query, key, value, is_causal=causal)
-        return [out.detach(), *torch.autograd.grad(out, (query, key, value), dout)]
+        with torch.enable_grad():
+            out = attention(query, key, value, is_causal=causal)
+            return [out.detach(), *torch.autograd.grad(out, (query, key, value), dout)]
 
     return {
         "ppnet": each(inputs, lambda one: run(gated_attention, one)),
