@@ -8,7 +8,7 @@ namespace PPNET_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kValueBlock = 64;   // positions whose values stay in the first-level cache while rows of weights change
+constexpr int64_t kValueBlock = 32;   // positions whose values stay in the first-level cache while rows of weights change
 constexpr int64_t kAheadBytes = 8192;  // distance of the prefetch, into the second-level cache
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

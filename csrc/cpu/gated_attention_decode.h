@@ -34,7 +34,7 @@ struct DecodeJob {
 };
 
 // Positions of the cache per unit of work. Fixed, so that results do not depend on the number of threads.
-constexpr int64_t kDecodeChunk = 256;
+constexpr int64_t kDecodeChunk = 512;
 // Query rows (query head, token) that share the scores' scratch.
 constexpr int64_t kDecodeRows = 32;
 

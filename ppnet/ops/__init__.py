@@ -1,6 +1,7 @@
 """Compiled operators, each with a plain torch reference `<name>_ref`; the only place that says torch.ops.ppnet."""
 
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_backward_ref, gated_act_ref
+from ppnet.ops.gated_attention import attention_path, gated_attention, gated_attention_ref
 from ppnet.ops.gated_attention_decode import gated_attention_decode, gated_attention_decode_ref
 from ppnet.ops.gated_mlp import gated_mlp, gated_mlp_ref
 from ppnet.ops.gated_mlp_decode import gated_mlp_decode, gated_mlp_decode_ref
@@ -10,12 +11,15 @@ from ppnet.ops.row_norms import row_norms, row_norms_ref
 from ppnet.ops.rows import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
 
 __all__ = [
+    "attention_path",
     "gated_act",
     "gated_act_backward",
     "gated_act_backward_ref",
     "gated_act_ref",
+    "gated_attention",
     "gated_attention_decode",
     "gated_attention_decode_ref",
+    "gated_attention_ref",
     "gated_mlp",
     "gated_mlp_decode",
     "gated_mlp_decode_ref",

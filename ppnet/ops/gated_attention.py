@@ -4,15 +4,13 @@
 
 with g = h // (H / Hkv). Two paths compute it, chosen by `attention_path` from shapes, dtype and processor alone:
 "sdpa" is torch's flash attention for the CPU; "gemm" is two batched matrix products (three more in the backward) with a
-softmax between, a block of queries at a time. See docs of `attention_path` for the measurements behind the choice.
+softmax between, a block of queries at a time. `attention_path` says why.
 """
-
-import math
-from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ppnet.ops.gated_attention_gemm import attended, empty_by_token, gemm, gemm_backward, wide
 from ppnet.ops.rows import _LIBRARY
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, int window"
@@ -28,26 +26,25 @@ _LIBRARY.define(
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Scores of one block of queries: this many stay in a last-level cache of a few MB per core.
-_BLOCK_SCORES = 1 << 22
-_BLOCK_QUERIES = 256
-# Below this many query-key pairs per head the blocks' calls cost more than they save.
-_GEMM_PAIRS = 1 << 16
+# T · S · Dh from which the blocks gain more than their calls cost.
+_GEMM_WORK = 1 << 22
+_GEMM_WORK_CAUSAL = 1 << 24
 
 
-def attention_path(query: Tensor, key: Tensor) -> str:
+def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
     """ "gemm" or "sdpa": how gated_attention computes these shapes on this processor; the same at every run.
 
-    "gemm" for bfloat16 on a processor with AVX512-BF16 and no AMX, from 65536 query-key pairs per head on: there oneDNN's
-    products run at the processor's bf16 rate, while torch's flash attention calls a product that does not. It rounds
-    scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: float32 products are no faster
-    outside of it, with AMX it uses the same products, and on other devices it is torch's own choice.
+    "gemm" for bfloat16 on a processor with AVX512-BF16 and no AMX, from T · S · Dh = 4 Mi on (causal: 16 Mi): there
+    oneDNN's products use the processor's bf16 units, and those inside torch's flash attention do not. On 2 cores, 16
+    heads of 64 to 128, S of 512 to 1024, it took 62 to 83 % of the time forward, and 60 to 110 % with the backward.
+    It rounds scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: blocks of float32
+    products took up to 1.8 times as long, flash attention itself uses AMX, and other devices choose themselves.
     """
-    pairs = query.shape[-2] * key.shape[-2]
     bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if bf16 and torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported() and pairs >= _GEMM_PAIRS:
-        return "gemm"
-    return "sdpa"
+    if not bf16 or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "sdpa"
+    work = query.shape[-2] * key.shape[-2] * query.shape[-1]
+    return "gemm" if work >= (_GEMM_WORK_CAUSAL if is_causal else _GEMM_WORK) else "sdpa"
 
 
 def gated_attention(
@@ -74,8 +71,9 @@ def gated_attention(
     scale: None is 1/sqrt(Dh).
 
     Returns (B, H, T, Dh) of query's dtype, laid out as (B, T, H, Dh). A query that may attend to nothing gives 0.
-    The backward recomputes: query, key, value, mask, the output and B · H · T floats are kept. Workspace: 5 blocks of
-    4 Mi scores, or one block of 32 queries. Under autocast query, key and value are cast to its dtype.
+    The backward recomputes: query, key, value, mask, the output and B · H · T floats are kept. Workspace of "gemm": 2
+    blocks of 4 Mi scores (3 in the backward; at least 32 queries of one group), and float32 sums of dkey and dvalue.
+    Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
     _check(query, key, value, gate, mask, window)
@@ -110,7 +108,7 @@ def gated_attention_ref(
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     alive = attend.any(-1, keepdim=True)
-    weights = torch.where(alive, torch.where(attend, scores, -torch.inf), 0).softmax(-1, dtype=_wide(query))
+    weights = torch.where(alive, torch.where(attend, scores, -torch.inf), 0).softmax(-1, dtype=wide(query))
     return torch.where(alive, weights, 0).to(query.dtype) @ value
 
 
@@ -125,7 +123,9 @@ def _check(
             )
     (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
     for name, t in (("key", key), ("value", value)):
-        if t.shape != (batch, kv_heads, keys, width) or (t.dtype != query.dtype and not torch.is_autocast_enabled("cpu")):
+        if t.shape != (batch, kv_heads, keys, width) or (
+            t.dtype != query.dtype and not torch.is_autocast_enabled("cpu")
+        ):
             raise RuntimeError(
                 f"gated_attention: {name} has shape {tuple(t.shape)} and dtype {t.dtype}; it must be (B, Hkv, S, Dh) = "
                 f"{(batch, kv_heads, keys, width)} and {query.dtype}, as query {tuple(query.shape)}"
@@ -140,7 +140,9 @@ def _check(
         return
     full = (batch, heads, tokens, keys)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise RuntimeError(f"gated_attention: mask has dtype {mask.dtype}; allowed are bool (true: attend) and floating")
+        raise RuntimeError(
+            f"gated_attention: mask has dtype {mask.dtype}; allowed are bool (true: attend) and floating"
+        )
     if mask.dim() > 4 or any(n not in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False)):
         raise RuntimeError(
             f"gated_attention: mask has shape {tuple(mask.shape)}; it must broadcast to (B, H, T, S) = {full}"
@@ -148,11 +150,6 @@ def _check(
 
 
 # --- which positions --------------------------------------------------------------------------------------------------
-
-
-def _attended(mask: Tensor) -> Tensor:
-    """Where a mask lets attend; see gated_attention."""
-    return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min)
 
 
 def _attend(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, window: int) -> Tensor:
@@ -165,7 +162,7 @@ def _attend(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, wi
         attend = attend & (position <= own)
     if window:
         attend = attend & (position > own - window)
-    return attend if mask is None else attend & _attended(mask)
+    return attend if mask is None else attend & attended(mask)
 
 
 def _without_garbage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +170,7 @@ def _without_garbage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if mask is None:
         return key, value
     mask = mask[(None,) * (4 - mask.dim())]
-    used = _attended(mask).any(2).any(1)[:, None, :, None]
+    used = attended(mask).any(2).any(1)[:, None, :, None]
     return torch.where(used, key, 0), torch.where(used, value, 0)
 
 
@@ -189,179 +186,22 @@ def _flash_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
     return torch.where(attend, bias, -torch.inf)
 
 
-# --- blocks of matrix products ----------------------------------------------------------------------------------------
-
-
-def _block_queries(heads: int, keys: int) -> int:
-    return min(max(_BLOCK_SCORES // (heads * keys) // 32 * 32, 32), _BLOCK_QUERIES)
-
-
-class _Blocks:
-    """One sequence in blocks of queries: scores of (Hkv, H / Hkv · queries, keys) at a time."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        window: int,
-        memory: list[Tensor],
-    ) -> None:
-        self.heads, self.tokens, self.width = query.shape
-        self.kv_heads, self.keys = key.shape[:2]
-        self.query = query.view(self.kv_heads, -1, self.tokens, self.width)
-        self.key, self.value = key.contiguous(), value.contiguous()
-        self.mask, self.is_causal, self.scale, self.window, self.memory = mask, is_causal, scale, window, memory
-
-    def __iter__(self) -> Iterator[tuple[slice, slice]]:
-        """Queries and the keys that some of them attend to."""
-        size = _block_queries(self.heads, self.keys)
-        before = self.keys - self.tokens
-        for first in range(0, self.tokens, size):
-            last = min(first + size, self.tokens)
-            end = min(self.keys, before + last) if self.is_causal else self.keys
-            start = max(0, before + first - self.window + 1) if self.window else 0
-            if start < end:
-                yield slice(first, last), slice(start, end)
-
-    def buffer(self, which: int, shape: Sequence[int]) -> Tensor:
-        """Scores of a block: memory fresh from the system would cost as much as the product that fills it."""
-        return self.memory[which][: math.prod(shape)].view(shape)
-
-    def product(self, which: int, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-        out = self.buffer(which, (left.shape[0], left.shape[1], right.shape[2]))
-        return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
-
-    def rows(self, t: Tensor, queries: slice) -> Tensor:
-        """A block of (H, T, Dh) as (Hkv, H / Hkv · queries, Dh)."""
-        block = t.view(self.kv_heads, -1, self.tokens, self.width)[:, :, queries]
-        return block.reshape(self.kv_heads, -1, self.width)
-
-    def weights(self, rows: Tensor, queries: slice, keys: slice) -> Tensor:
-        """softmax of the masked scores; 0 in rows that attend to nothing."""
-        by_key = self.key[:, keys].transpose(1, 2)
-        scores = self.product(0, rows, by_key, self.scale)
-        self._mask_(scores.view(self.kv_heads, self.heads // self.kv_heads, -1, scores.shape[-1]), queries, keys)
-        alone = None  # rows that attend to nothing
-        if self.mask is not None or self.tokens > self.keys:
-            alone = scores.amax(-1, keepdim=True) == -torch.inf
-        # In place: the kernel reads a row before it writes it, and half of the cache is saved.
-        weights = torch._softmax(scores, -1, False, out=scores)
-        return weights if alone is None else weights.masked_fill_(alone, 0)
-
-    def _mask_(self, scores: Tensor, queries: slice, keys: slice) -> None:
-        before = self.keys - self.tokens
-        own = torch.arange(before + queries.start, before + queries.stop)[:, None]
-        if self.is_causal:  # only the block's last keys lie after some query
-            start = max(keys.start, before + queries.start + 1)
-            scores[..., start - keys.start :].masked_fill_(torch.arange(start, keys.stop) > own, -torch.inf)
-        if self.window:  # and only its first keys before some query's window
-            stop = min(keys.stop, before + queries.stop - self.window)
-            first = torch.arange(keys.start, max(stop, keys.start)) <= own - self.window
-            scores[..., : first.shape[1]].masked_fill_(first, -torch.inf)
-        if self.mask is not None:
-            mask = self.mask[:, queries if self.mask.shape[1] > 1 else slice(None)]
-            mask = mask[..., keys if mask.shape[2] > 1 else slice(None)]
-            if mask.shape[0] > 1:
-                mask = mask.reshape(self.kv_heads, -1, *mask.shape[1:])
-            if mask.dtype != torch.bool:
-                scores.add_(mask)
-            scores.masked_fill_(~_attended(mask), -torch.inf)
-
-
-def _sequences(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int,
-    buffers: int,
-) -> Iterator[_Blocks]:
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-    heads, keys = query.shape[1], key.shape[2]
-    scores = heads * keys * min(_block_queries(heads, keys), query.shape[2])
-    memory = [query.new_empty(max(scores, heads * max(keys, query.shape[2]) * query.shape[3])) for _ in range(buffers)]
-    for b in range(query.shape[0]):
-        own = None if mask is None else mask[b if mask.shape[0] > 1 else 0]
-        yield _Blocks(query[b].contiguous(), key[b], value[b], own, is_causal, scale, window, memory)
-
-
-def _gemm(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
-) -> Tensor:
-    out = _by_token(query).zero_()
-    for b, blocks in enumerate(_sequences(query, key, value, mask, is_causal, scale, window, 2)):
-        to = out[b].unflatten(0, (blocks.kv_heads, -1))
-        for queries, keys in blocks:
-            weights = blocks.weights(blocks.rows(blocks.query, queries), queries, keys)
-            product = blocks.product(1, weights, blocks.value[:, keys])
-            to[:, :, queries] = product.view(to[:, :, queries].shape)
-    return out
-
-
-def _gemm_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dquery, dkey, dvalue = _by_token(query).zero_(), torch.empty_like(key), torch.empty_like(value)
-    for b, blocks in enumerate(_sequences(query, key, value, mask, is_causal, scale, window, 3)):
-        to = dquery[b].unflatten(0, (blocks.kv_heads, -1))
-        dout_b = dout[b].contiguous()
-        # Sums over blocks in float32, rounded once.
-        dkey_b, dvalue_b = (torch.zeros(t.shape, dtype=_wide(t)) for t in (blocks.key, blocks.value))
-        for queries, keys in blocks:
-            rows, drows = blocks.rows(blocks.query, queries), blocks.rows(dout_b, queries)
-            weights = blocks.weights(rows, queries, keys)
-            dvalue_b[:, keys] += blocks.product(1, weights.transpose(1, 2), drows)
-            dweights = blocks.product(1, drows, blocks.value[:, keys].transpose(1, 2))
-            dscores = torch._softmax_backward_data(
-                dweights, weights, -1, weights.dtype, grad_input=blocks.buffer(2, weights.shape)
-            )
-            product = blocks.product(1, dscores, blocks.key[:, keys], scale)
-            to[:, :, queries] = product.view(to[:, :, queries].shape)
-            dkey_b[:, keys] += blocks.product(1, dscores.transpose(1, 2), rows)
-        dkey[b], dvalue[b] = dkey_b * scale, dvalue_b
-    return dquery, dkey, dvalue
-
-
 # --- the operators ----------------------------------------------------------------------------------------------------
-
-
-def _by_token(query: Tensor) -> Tensor:
-    """(B, H, T, Dh) laid out as (B, T, H, Dh): what the output projection reads as rows."""
-    batch, heads, tokens, width = query.shape
-    return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 @torch.library.impl(_LIBRARY, "gated_attention", "CompositeExplicitAutograd")
 def _gated_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    lse = query.new_zeros(query.shape[:3], dtype=_wide(query))
+    lse = query.new_zeros(query.shape[:3], dtype=wide(query))
     if query.numel() == 0 or key.numel() == 0:
-        return _by_token(query).zero_(), lse
+        return empty_by_token(query).zero_(), lse
     key, value = _without_garbage(query, key, value, mask)
-    if attention_path(query, key) == "gemm":
-        return _gemm(query, key, value, mask, is_causal, scale, window), lse
+    if attention_path(query, key, is_causal) == "gemm":
+        return gemm(query, key, value, mask, is_causal, scale, window), lse
     bias = _flash_mask(query, key, mask, is_causal, window)
     out, lse = _FLASH(query, key, value, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale)
-    by_token = _by_token(query)
+    by_token = empty_by_token(query)
     return (out if out.stride() == by_token.stride() else by_token.copy_(out)), lse.contiguous()
 
 
@@ -379,27 +219,27 @@ def _gated_attention_backward(
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
-        return _by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
+        return empty_by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
     key, value = _without_garbage(query, key, value, mask)
-    if attention_path(query, key) == "gemm":
-        return _gemm_backward(dout, query, key, value, mask, is_causal, scale, window)
+    if attention_path(query, key, is_causal) == "gemm":
+        return gemm_backward(dout, query, key, value, mask, is_causal, scale, window)
     bias = _flash_mask(query, key, mask, is_causal, window)
     dquery, dkey, dvalue = _FLASH_BACKWARD(
         dout, query, key, value, out, lse, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale
     )
-    return _by_token(query).copy_(dquery), torch.empty_like(key).copy_(dkey), torch.empty_like(value).copy_(dvalue)
+    return empty_by_token(query).copy_(dquery), torch.empty_like(key).copy_(dkey), torch.empty_like(value).copy_(dvalue)
 
 
 @torch.library.register_fake("ppnet::gated_attention", lib=_LIBRARY)
 def _gated_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _by_token(query), query.new_empty(query.shape[:3], dtype=_wide(query))
+    return empty_by_token(query), query.new_empty(query.shape[:3], dtype=wide(query))
 
 
 @torch.library.register_fake("ppnet::gated_attention_backward", lib=_LIBRARY)
 def _gated_attention_backward_fake(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _by_token(query), torch.empty_like(key), torch.empty_like(value)
+    return empty_by_token(query), torch.empty_like(key), torch.empty_like(value)
 
 
 def _save_for_gradient(ctx, inputs, output) -> None:
