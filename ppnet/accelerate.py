@@ -10,19 +10,17 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ppnet.attention import DECODING, use_attention
 from ppnet.binding import GatedLeaf, patch_leaf, unpatch_leaf
 from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.errors import UnsupportedModelError
 from ppnet.families import FAMILIES
-from ppnet.ops import gated_attention_decode
-from ppnet.ops.linear_decode import MOST_TOKENS
 from ppnet.units import Leaf, Site
 from ppnet.wrap import ACCELERATED, engine_of, is_accelerated, is_wrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-ATTENTION = "ppnet"
 
 
 def accelerate(model: Model) -> Model:
@@ -64,7 +62,7 @@ def accelerate(model: Model) -> Model:
         store_by_unit(model.get_submodule(leaf.name), leaf)
     model.__dict__[ACCELERATED] = {
         "patched": patched,
-        "attention": _use_attention(model),
+        "attention": use_attention(model, DECODING),
         "blocks": fuse_mlps(model, sites),
     }
     if is_wrapped(model):
@@ -124,55 +122,3 @@ def store_by_unit(module: Any, leaf: Leaf) -> None:
     """Gives a leaf's weight the memory order in which the rows of its units are contiguous, in place."""
     if leaf.weight_dim == 1 and module.weight.stride(0) != 1:
         module.weight.data = module.weight.data.t().contiguous().t()
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: few tokens over the cache by ours, everything else by SDPA."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    tokens, context = query.shape[2], key.shape[2]
-    causal = tokens > 1 and attention_mask is None
-    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
-    wanted = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if (
-        query.device.type != "cpu"
-        or tokens > MOST_TOKENS
-        or learns
-        or dropout
-        or special
-        or (causal and not (wanted and context == tokens))
-        or query.dtype != key.dtype
-    ):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
-    out = gated_attention_decode(query, key, value, mask=attention_mask, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _use_attention(model: Any) -> str | None:
-    """Switches a model from SDPA to our attention; returns what it had, or None where another one was asked for."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    before = model.config._attn_implementation
-    if before != "sdpa":
-        return None
-    AttentionInterface.register(ATTENTION, attention_forward)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    model.set_attn_implementation(ATTENTION)
-    return before

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ppnet.attention import TRAINING, use_attention
 from ppnet.binding import patch_leaf, unpatch_leaf
 from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.errors import PPNetError, UnsupportedModelError
@@ -114,6 +115,7 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
         for leaf in site.leaves:
             patch_leaf(leaf_module(model, leaf), by_input=leaf.role == "out")
     fuse_mlps(model, structure.sites)
+    use_attention(model, TRAINING)
     for index, site in enumerate(structure.sites):
         block = model.get_submodule(site.block)
         block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
@@ -156,6 +158,9 @@ def strip(model: Model) -> Model:
         unfuse_mlp(block)
         _remove_hooks(block, lambda hook: isinstance(hook, SubLayerHook))
     _remove_hooks(model, lambda hook: getattr(hook, "__self__", None) is engine)
+    host: Any = model
+    if getattr(host.config, "_attn_implementation", None) == TRAINING:
+        host.set_attn_implementation("sdpa")
     del model.puppet
     if hasattr(model.config, "ppnet"):
         del model.config.ppnet

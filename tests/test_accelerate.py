@@ -37,7 +37,7 @@ def used(monkeypatch):
         ("ppnet.ops", "gated_mlp_decode"),
         ("ppnet.ops", "linear_decode"),
         ("ppnet.ops", "linear_t_decode"),
-        ("ppnet.accelerate", "gated_attention_decode"),
+        ("ppnet.attention", "gated_attention_decode"),
     ):
         original = getattr(sys.modules[module], name)
 
