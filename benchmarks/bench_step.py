@@ -1,10 +1,11 @@
 """One training step (forward, backward, clipping, AdamW) at a fixed keep fraction, against dense and dense times mask.
 
 Run: make bench, or python -m pytest benchmarks/bench_step.py --benchmark-only. Every round draws a new mask and times
-all variants one after the other, so that load on the machine hits them alike; ratios are medians of the rounds'
-ratios. "dense" is the unwrapped model through the fastest of torch's own matrix products here (`ppnet.ops.linear`);
-"torch's default" is the same model as it comes. The ideal is what the FLOPs say: s + (1 - s) / 24 of the gated matrices plus the ungated rest, where the
-rest is the measured step of a model whose sites all keep one unit.
+all variants one after the other, so that load on the machine hits them alike; ratios are medians of the rounds' ratios.
+"dense" is the unwrapped model through the fastest of torch's own matrix products here (`ppnet.ops.linear`); "torch's
+default" is the same model as it comes. The ideal is what the FLOPs say: s + (1 - s) / 24 of the gated matrices plus the
+ungated rest, where the rest is the measured step of a model whose sites all keep one unit. Memory is the peak of what
+torch allocates in a step: activations and gradients, beyond weights and optimizer state.
 """
 
 import statistics
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ppnet.extension as extension
 from ppnet import PuppetConfig, compact, inspect, wrap
+from ppnet.evaluate.memory import peak_bytes
 from ppnet.gates.draw import Draw
 from ppnet.ops import linear
 
@@ -139,6 +141,11 @@ def smallest_model():
     return compact(net, inspect(net).smallest.params, check=False).train()
 
 
+def peak_of(step):
+    """Peak of one step beyond weights and optimizer state: activations and gradients."""
+    return peak_bytes(step.run)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def reuse_memory():
     """All variants are measured without the page faults of fresh buffers, which no variant can avoid."""
@@ -183,6 +190,8 @@ def test_training_step(benchmark, keep):
         "dense s": round(statistics.median(times["dense"][1:]), 4),
         "ungated rest, share of dense": round(rest_share, 3),
         "% of ideal": round(100 * ideal / ratio),
+        "peak MB": round(peak_of(gated) / 2**20),
+        "x dense peak": round(peak_of(gated) / peak_of(steps["default"]), 3),
         "tokens": BATCH * LENGTH,
         "width": WIDTH,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else extension.isa(),
