@@ -36,6 +36,7 @@ Folder = Annotated[
 ]
 Operators = Annotated[str | None, typer.Option(help="Comma-separated operators; default: all.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer variants and rounds.")]
+Accelerate = Annotated[bool, typer.Option("--accelerate", help="Models with ppnet's CPU decode kernels under them.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for result.json, result.csv and roofline.png.")]
 Against = Annotated[Path | None, typer.Option(help="An earlier result.json, or its folder: what became slower?")]
 Rounds = Annotated[int | None, typer.Option(help="Timed rounds of a model; default: 5. The median counts.")]
@@ -63,6 +64,7 @@ def bench(
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
+    accelerate: Accelerate = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -70,16 +72,25 @@ def bench(
 
     Example:  ppnet bench --out today --compare yesterday
 
-    Example:  ppnet bench puppet --sizes 0.5,0.25 --batch 4
+    Example:  ppnet bench puppet --sizes 0.5,0.25 --accelerate
     """
     set_threads(threads)
     if folder is not None:
         _only("without a model folder", operators=operators, quick=quick or None, out=out, compare=compare)
         rounds = 5 if rounds is None else rounds
-        bench_model(folder, sizes, metric, of, multiple_of, prompt, new, batch, rounds, device, dtype, json)
+        bench_model(
+            folder, sizes, metric, of, multiple_of, prompt, new, batch, rounds, device, dtype, accelerate, json
+        )
         return
     _only(
-        "with a model folder", sizes=sizes, multiple_of=multiple_of, prompt=prompt, new=new, rounds=rounds, dtype=dtype
+        "with a model folder",
+        sizes=sizes,
+        multiple_of=multiple_of,
+        prompt=prompt,
+        new=new,
+        rounds=rounds,
+        dtype=dtype,
+        accelerate=accelerate or None,
     )
     bench_operators(operators, quick, out, compare, device, force, json)
 

@@ -126,9 +126,11 @@ def bench_model(
     rounds: int,
     device: str | None,
     dtype: str | None,
+    accelerated: bool,
     json: bool,
 ) -> None:
     """Measured prefill and decoding speed of compacted models, in turns with the dense one (``ppnet bench FOLDER``)."""
+    from ppnet.accelerate import accelerate
     from ppnet.compact import compact
     from ppnet.evaluate import speed
     from ppnet.wrap import is_wrapped
@@ -140,13 +142,20 @@ def bench_model(
         if not is_wrapped(model) and hasattr(model, "ppnet_plan"):
             if sizes is not None:
                 raise PPNetError(f"sizes: {folder} is compacted already and has one size; leave --sizes out.")
+            if accelerated:
+                accelerate(model)
             measured = [("as it is", None, speed(model, **workload))]
         else:
             wanted = parse_sizes(sizes or BENCH_SIZES)
             plans = [_plan(model, size, metric, of, multiple_of) for size in wanted]
-            dense = compact(model, 1.0).eval()
+
+            def made(size_or_plan: Any) -> Any:
+                small = compact(model, size_or_plan).eval()
+                return accelerate(small) if accelerated else small
+
+            dense = made(1.0)
             measured = [
-                (f"{size:g}", size, speed(compact(model, plan).eval(), baseline=dense, **workload))
+                (f"{size:g}", size, speed(made(plan), baseline=dense, **workload))
                 for size, plan in zip(wanted, plans, strict=True)
             ]
     rows = [{"size": size, **figures.to_dict()} for _, size, figures in measured]
@@ -158,9 +167,10 @@ def bench_model(
     note = (
         f"{workload['prompt_tokens']} prompt + {workload['new_tokens']} new tokens, batch {batch}, median of {rounds} "
         f"rounds, {setting['processor']}, {setting['threads']} threads, {setting['dtype']}"
+        f"{', accelerated' if accelerated else ''}"
     )
     head = ["size", "parameters", "MB", "prefill tok/s", "x dense", "decode tok/s", "x dense", "cache B/token"]
-    result = {"model": folder, "metric": metric, "of": of, "rows": rows}
+    result = {"model": folder, "metric": metric, "of": of, "accelerated": accelerated, "rows": rows}
     show(result, json, table(f"speed of {folder}", head, lines, note))
 
 
