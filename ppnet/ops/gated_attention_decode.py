@@ -53,8 +53,8 @@ def gated_attention_decode(
     RuntimeError where a gradient would be recorded. Errors (RuntimeError) name the argument and its value.
     """
     if query.dim() != 4 or key.dim() != 4:
-        name, t = ("query", query) if query.dim() != 4 else ("key", key)
-        raise RuntimeError(f"gated_attention_decode: {name} has shape {tuple(t.shape)}; it must have four axes")
+        name, t, axes = ("query", query, "H, T") if query.dim() != 4 else ("key", key, "Hkv, S")
+        raise RuntimeError(f"gated_attention_decode: {name} has shape {tuple(t.shape)}; it must be (B, {axes}, Dh)")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise RuntimeError(
             "gated_attention_decode: query, key or value requires a gradient, and this operator has none; "

@@ -21,14 +21,6 @@ def path(request):
         yield request.param
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def case(t, d, f, dtype=torch.float32, bias=True):
     return torch.randn(t, d).to(dtype), torch.randn(f, d).to(dtype), torch.randn(f).to(dtype) if bias else None
 
