@@ -158,7 +158,7 @@ std::tuple<Tensors, Tensors> scatter_rows_cpu(Tensors grad, Tensors idx, Tensors
   }
   run(jobs, true, PPNET_PICK(scatter_rows));
   for (const RowsJob& job : jobs)
-    if (job.partial) PPNET_PICK(reduce_dot)(job);
+    if (job.partial && job.kept > 0) PPNET_PICK(reduce_dot)(job);
   return {out, dot};
 }
 
