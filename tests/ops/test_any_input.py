@@ -115,6 +115,7 @@ def act_size(up, gate=None, z=None, act="silu"):
 
 
 def gated_act_arguments(inputs, acts=ACTS):
+    inputs.infinite = False  # an activation of -infinity is its limit 0 here, and in torch that or NaN
     act = inputs.pick(acts)
     shape, dtype = (*leading(inputs), inputs.size()), inputs.pick(FLOATING)
     return {
@@ -130,8 +131,8 @@ def gated_act(inputs):
 
 
 def gated_act_backward(inputs):
-    # Where a slope is 0 torch selects (relu) or not (gelu_tanh at infinity); the kernels multiply: 0 times NaN is NaN.
-    arguments = gated_act_arguments(inputs, ["silu", "gelu", "relu2"] if inputs.special else ACTS)
+    # Where relu's slope is 0 torch selects, and the kernels multiply: 0 times NaN is NaN.
+    arguments = gated_act_arguments(inputs, [act for act in ACTS if not (inputs.special and act == "relu")])
     arguments["dh"] = inputs.floating(arguments["up"].shape, arguments["up"].dtype)
     arguments |= {name: inputs.flag(0.8) for name in ("need_up", "need_gate", "need_z")}
 
@@ -182,6 +183,7 @@ def mlp_size(x, up, down, gate=None, *, up_bias, gate_bias, down_bias, idx, z, a
 
 
 def gated_mlp(inputs):
+    inputs.infinite = False
     dtype, f, d = inputs.pick(FLOATING), inputs.size(), inputs.size()
     arguments = {"x": inputs.floating((*leading(inputs), d), dtype)} | mlp_arguments(inputs, dtype, f, d, LAYOUTS, True)
     composed = ("gated_act", "gather_rows")
@@ -197,6 +199,7 @@ def gated_mlp(inputs):
 
 
 def gated_mlp_decode(inputs):
+    inputs.infinite = False
     dtype, f, d = inputs.pick(HALF_OR_FLOAT), inputs.size(), inputs.size()
     arguments = {"x": inputs.floating((inputs.size(8), d), dtype)}
     arguments |= mlp_arguments(inputs, dtype, f, d, ROW_LAYOUTS, False)
