@@ -1,6 +1,6 @@
 """Builds ppnet._C and ppnet._host through CMake; the metadata is in pyproject.toml.
 
-Environment: PPNET_CUDA=ON|OFF|AUTO, PPNET_CUDA_ARCHS, PPNET_EXT=AUTO|OFF, MAX_JOBS.
+Environment: PPNET_CUDA=ON|OFF|AUTO, PPNET_CUDA_ARCHS, PPNET_EXT=AUTO|OFF, PPNET_SANITIZE=ON|OFF, MAX_JOBS.
 Without a C++ compiler the package is installed as pure Python; a compiler that fails is an error.
 """
 
@@ -90,7 +90,9 @@ class CMakeBuild(build_ext):
     """Configures and builds once for all extensions, then copies each to where setuptools expects it."""
 
     def build_extensions(self) -> None:
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        sanitize = os.environ.get("PPNET_SANITIZE", "OFF").upper()
+        suffix = "-sanitize" if sanitize == "ON" else ""
+        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{suffix}"
         folder.mkdir(parents=True, exist_ok=True)
         torch = torch_dir()
         cmake = cmake_command() or "cmake"
@@ -99,6 +101,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}", f"-DPYBIND11_INCLUDE={pybind11_include()}"]
         configure += [f"-DPPNET_CUDA={os.environ.get('PPNET_CUDA', 'AUTO').upper()}"]
         configure += [f"-DPPNET_CUDA_ARCHS={os.environ.get('PPNET_CUDA_ARCHS', '80-real;90a-real')}"]
+        configure += [f"-DPPNET_SANITIZE={sanitize}"]
         ninja = shutil.which("ninja")
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -90,7 +90,7 @@ PaddedTokens::PaddedTokens(Workspace& workspace, const Tensor& x, const float* f
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   char* copy = workspace.take<char>(padded * stride * element);
-  for (int64_t t = 0; t < tokens; ++t)
+  for (int64_t t = 0; t < tokens && width > 0; ++t)  // without a width there may be no memory to read
     std::memcpy(copy + t * stride * element, from + t * width * element, static_cast<size_t>(width * element));
   std::memset(copy + tokens * stride * element, 0, static_cast<size_t>((padded - tokens) * stride * element));
   raw = copy;

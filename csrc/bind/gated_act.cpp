@@ -98,8 +98,9 @@ using Kernel = void (*)(const GatedActJob&, int64_t, int64_t, bool);
 
 // Divides the tiles among the threads. `reads` and `outputs`: tensors of the shape of `up` that move.
 void run(const GatedActJob& job, Kernel kernel, int64_t reads, std::initializer_list<char*> outputs) {
-  const int64_t bytes = job.rows * job.cols * element_size(job.dtype), count = tiles(job);
+  const int64_t bytes = job.rows * job.cols * element_size(job.dtype);
   if (bytes == 0) return;
+  const int64_t count = tiles(job);
   int64_t written = 0;
   for (char* out : outputs) {
     advise_large_pages(out, bytes);

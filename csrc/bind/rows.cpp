@@ -92,7 +92,9 @@ RowsJob make_job(const char* op, size_t i, const RowsItem& item, bool scatter, J
     job.weight_stride = item.weight.stride * bytes;
     job.dot = item.dot.mutable_data_ptr();
     if (job.columns) {
-      arrays.partial.resize(static_cast<size_t>(units(job) * job.cols * (job.dtype == Dtype::f64 ? 8 : 4)));
+      // Not empty even where there are no rows: `partial` also says that the dots are to be summed, if only to 0.
+      arrays.partial.resize(
+          static_cast<size_t>(std::max<int64_t>(units(job) * job.cols * (job.dtype == Dtype::f64 ? 8 : 4), 1)));
       job.partial = arrays.partial.data();
     }
   }
@@ -103,11 +105,12 @@ struct Scratch {
   alignas(64) char bytes[kScratchBytes];
 };
 
-// Memory traffic of one unit: what the work is divided by.
+// Memory traffic of one unit: what the work is divided by. Never 0: rows of no width have dots.
 int64_t unit_bytes(const RowsJob& job, bool scatter) {
   const int64_t full = job.cols, kept = job.columns ? job.kept : job.cols;
   const int64_t read = job.columns && !scatter ? job.full : kept;
-  return unit_rows(job) * element_size(job.dtype) * (full + read + (job.weight ? full : 0));
+  const int64_t bytes = unit_rows(job) * element_size(job.dtype) * (full + read + (job.weight ? full : 0));
+  return std::max<int64_t>(bytes, 1);
 }
 
 using Kernel = void (*)(const RowsJob&, int64_t, int64_t, bool, void*);
@@ -155,7 +158,7 @@ std::tuple<Tensors, Tensors> scatter_rows_cpu(Tensors grad, Tensors idx, Tensors
   }
   run(jobs, true, PPNET_PICK(scatter_rows));
   for (const RowsJob& job : jobs)
-    if (job.partial) PPNET_PICK(reduce_dot)(job);
+    if (job.partial && job.kept > 0) PPNET_PICK(reduce_dot)(job);
   return {out, dot};
 }
 

@@ -276,7 +276,7 @@ void scatter(const RowsJob& job, int64_t begin, int64_t end, bool stream, void* 
   using C = arithmetic_t<T>;
   if (!job.columns) {
     begin *= unit_rows(job), end = min(end * unit_rows(job), job.rows);
-    if (job.weight)
+    if (job.dot)  // not job.weight, which is null where rows have no width
       return job.scale ? scatter_whole<T, Scale::row, true>(job, begin, end, stream)
                        : scatter_whole<T, Scale::none, true>(job, begin, end, stream);
     return job.scale ? scatter_whole<T, Scale::row, false>(job, begin, end, stream)

@@ -6,11 +6,13 @@
 The backward is one pass too: it computes the activation again, and dz[k] = Σ_t dh · act · up on the way.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-import ppnet.extension  # noqa: F401  registers the compiled kernels
+from ppnet.ops.library import same_device
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -77,7 +79,7 @@ def gated_act_backward_ref(
     need_z: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gated_act_backward in plain torch."""
-    wide, k = _arithmetic(up), up.shape[-1]
+    wide = _arithmetic(up)
     through = dh.to(wide) if z is None else dh.to(wide) * z
     dup, dgate, dz = up.new_empty(0), up.new_empty(0), up.new_empty(0, dtype=wide)
     if gate is None:
@@ -90,7 +92,7 @@ def gated_act_backward_ref(
             dgate = _activation_backward(through * up.to(wide), gate.to(wide), act).to(up.dtype)
     if need_z:
         h = gated_act_ref(up.to(wide), None if gate is None else gate.to(wide), None, act)
-        dz = (dh.to(wide) * h).reshape(-1, k).sum(0)
+        dz = (dh.to(wide) * h).reshape(math.prod(up.shape[:-1]), up.shape[-1]).sum(0)
     return dup.contiguous(), dgate.contiguous(), dz
 
 
@@ -138,6 +140,7 @@ torch.library.impl(_LIBRARY, "gated_act_backward", "CompositeExplicitAutograd")(
 
 @torch.library.register_fake("ppnet::gated_act", lib=_LIBRARY)
 def _gated_act_fake(up: Tensor, gate: Tensor | None, z: Tensor | None, act: str) -> Tensor:
+    same_device("gated_act", up=up, gate=gate, z=z)
     return up.new_empty(up.shape)
 
 
@@ -152,6 +155,7 @@ def _gated_act_backward_fake(
     need_gate: bool = True,
     need_z: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    same_device("gated_act_backward", dh=dh, up=up, gate=gate, z=z)
     dup = up.new_empty(up.shape if need_up else 0)
     dgate = up.new_empty(up.shape if need_gate and gate is not None else 0)
     return dup, dgate, up.new_empty(up.shape[-1] if need_z else 0, dtype=_arithmetic(up))

@@ -9,7 +9,7 @@ with g = h // (H / G). A query that may attend to nothing gives 0 (torch's SDPA 
 import torch
 from torch import Tensor
 
-import ppnet.extension  # noqa: F401  registers the compiled kernel
+from ppnet.ops.library import same_device
 from ppnet.ops.rows import _LIBRARY
 
 _LIBRARY.define(
@@ -52,12 +52,15 @@ def gated_attention_decode(
     Under autocast a query of another dtype is cast to the cache's. Not differentiable (`gated_attention` is): raises
     RuntimeError where a gradient would be recorded. Errors (RuntimeError) name the argument and its value.
     """
+    if query.dim() != 4 or key.dim() != 4:
+        name, t, axes = ("query", query, "H, T") if query.dim() != 4 else ("key", key, "Hkv, S")
+        raise RuntimeError(f"gated_attention_decode: {name} has shape {tuple(t.shape)}; it must be (B, {axes}, Dh)")
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise RuntimeError(
             "gated_attention_decode: query, key or value requires a gradient, and this operator has none; "
             "call it under torch.no_grad(), or train with gated_attention"
         )
-    if query.dtype != key.dtype and torch.is_autocast_enabled(query.device.type):
+    if query.dtype != key.dtype and query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         query = query.to(key.dtype)
     return _gated_attention_decode(
         query,
@@ -67,7 +70,7 @@ def gated_attention_decode(
         gate,
         mask,
         lengths,
-        query.shape[-1] ** -0.5 if scale is None else scale,
+        max(query.shape[-1], 1) ** -0.5 if scale is None else scale,
         0 if window is None else window,
     )
 
@@ -91,7 +94,7 @@ def gated_attention_decode_ref(
     (batch, heads, tokens, width), kept, keys = query.shape, key.shape[1], key.shape[2]
     if kept == 0:
         return query.new_empty(query.shape)
-    scale = width**-0.5 if scale is None else scale
+    scale = max(width, 1) ** -0.5 if scale is None else scale
     attend, bias = attended(query, keys, mask, lengths, window or 0)
     # NaN behind the mask must not reach a product.
     used = attend.any(2).any(1)[:, None, :, None] if attend.shape[1] == 1 else None
@@ -160,5 +163,7 @@ def _gated_attention_decode_fake(
     scale: float,
     window: int,
 ) -> Tensor:
+    optional = {"groups": groups, "gate": gate, "mask": mask, "lengths": lengths}
+    same_device("gated_attention_decode", query=query, key=key, value=value, **optional)
     batch, heads, tokens, width = query.shape
     return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)

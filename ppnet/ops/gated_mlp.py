@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_ref
+from ppnet.ops.library import same_device
 from ppnet.ops.linear import linear
 from ppnet.ops.rows import _prefers_transpose, gather_rows, scatter_rows
 
@@ -111,7 +112,7 @@ def _check(
     ):
         if bias is not None and (bias.dim() != 1 or bias.shape[0] != size):
             raise RuntimeError(f"gated_mlp: {name} has shape {tuple(bias.shape)}; it must be ({size},)")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return
     named = dict(up=up, down=down, gate=gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
     for name, t in named.items():
@@ -222,6 +223,8 @@ def _scattered(grad: Tensor, idx: Tensor | None, units: int) -> Tensor:
 
 @torch.library.register_fake("ppnet::gated_mlp", lib=_LIBRARY)
 def _gated_mlp_fake(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act):
+    biases = {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias}
+    same_device("gated_mlp", x=x, up=up, down=down, gate=gate, **biases, idx=idx, z=z)
     pre = (math.prod(x.shape[:-1]), up.shape[0] if idx is None else idx.shape[0])
     y = x.new_empty((*x.shape[:-1], down.shape[1]))
     return y, x.new_empty(pre), x.new_empty(0 if gate is None else pre)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppnet.ops.gated_act import activation
-from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient
+from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device
 
 define(
     "gated_mlp_decode(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias,"
@@ -102,7 +102,20 @@ def _gated_mlp_decode_torch(
 
 
 @torch.library.register_fake("ppnet::gated_mlp_decode", lib=LIBRARY)
-def _gated_mlp_decode_fake(x: Tensor, up: Tensor, *args: object) -> Tensor:
+def _gated_mlp_decode_fake(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    up_bias: Tensor | None,
+    gate_bias: Tensor | None,
+    down_bias: Tensor | None,
+    idx: Tensor | None,
+    z: Tensor | None,
+    act: str,
+) -> Tensor:
+    biases = {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias}
+    same_device("gated_mlp_decode", x=x, up=up, down=down, gate=gate, **biases, idx=idx, z=z)
     return x.new_empty(x.shape[0], up.shape[1])
 
 

@@ -5,7 +5,7 @@ Schemas are defined in Python, not in C++, so that the operators exist, trace an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence, Sized
 from typing import Any
 
 import torch
@@ -19,6 +19,32 @@ LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
 def define(schema: str) -> None:
     """Defines ``ppnet::<schema>``."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def same_device(operator: str, **arguments: Tensor | Sequence[Tensor] | None) -> None:
+    """RuntimeError unless all tensors are on one device.
+
+    Fake kernels call it: one meta tensor among others brings a call to them, and they would answer with a tensor of
+    another device that nobody has written to.
+    """
+    devices: dict[str, str] = {}
+    for name, value in arguments.items():
+        for i, t in enumerate([value] if isinstance(value, Tensor) else value or ()):
+            devices.setdefault(str(t.device), name if isinstance(value, Tensor) else f"{name}[{i}]")
+    if len(devices) > 1:
+        found = ", ".join(f"{name} is on {device}" for device, name in devices.items())
+        raise RuntimeError(f"{operator}: all tensors of a call must be on one device, but {found}")
+
+
+def same_lengths(operator: str, **lists: Sized) -> None:
+    """RuntimeError unless every list has one entry per tensor of the first one."""
+    (first, entries), *others = lists.items()
+    for name, other in others:
+        if len(other) != len(entries):
+            raise RuntimeError(
+                f"{operator}: {name} has {len(other)} entries, but {first} has {len(entries)}; every list needs one"
+                " entry per tensor"
+            )
 
 
 def follow_autocast(name: str, keep: Collection[int] = ()) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ppnet.ops.library import same_device
+
 PATHS = ("auto", "torch", "onednn")
 
 # Products of fewer floating point operations are torch's: the detour through a Python operator would show.
@@ -175,6 +177,7 @@ def _linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("ppnet::linear", lib=_LIBRARY)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    same_device("linear", x=x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient
+from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device
 
 MOST_TOKENS = 8
 
@@ -108,6 +108,7 @@ def _linear_t_decode_torch(
 
 @torch.library.register_fake("ppnet::linear_decode", lib=LIBRARY)
 def _linear_decode_fake(x: Tensor, weight: Tensor, bias: Tensor | None, idx: Tensor | None) -> Tensor:
+    same_device("linear_decode", x=x, weight=weight, bias=bias, idx=idx)
     return x.new_empty(x.shape[0], weight.shape[0] if idx is None else idx.shape[0])
 
 
@@ -115,6 +116,7 @@ def _linear_decode_fake(x: Tensor, weight: Tensor, bias: Tensor | None, idx: Ten
 def _linear_t_decode_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, idx: Tensor | None, z: Tensor | None
 ) -> Tensor:
+    same_device("linear_t_decode", x=x, weight=weight, bias=bias, idx=idx, z=z)
     return x.new_empty(x.shape[0], weight.shape[1])
 
 

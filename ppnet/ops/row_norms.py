@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import ppnet.extension  # noqa: F401  registers the compiled kernels
+from ppnet.ops.library import same_device, same_lengths
 
 _LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
 _LIBRARY.define(
@@ -35,6 +35,10 @@ def row_norms(weight: Sequence[Tensor], input_scale: Sequence[Tensor | None], di
     Differentiable in weight and input_scale, once; where n[f] is 0 the gradient is 0. Errors (RuntimeError) name the
     list, the position and the value.
     """
+    same_lengths("row_norms", weight=weight, input_scale=input_scale, dim=dim)
+    for i, (w, s) in enumerate(zip(weight, input_scale, strict=True)):
+        if s is not None and _is_absent(s) and w.numel():
+            raise RuntimeError(f"row_norms: input_scale[{i}] has shape (0,), but weight[{i}] is {tuple(w.shape)}")
     return torch.ops.ppnet.row_norms(
         list(weight),
         [w.new_empty(0, dtype=_arithmetic(w)) if s is None else s for w, s in zip(weight, input_scale, strict=True)],
@@ -128,6 +132,7 @@ def _row_norms_backward_torch(
 
 @torch.library.register_fake("ppnet::row_norms", lib=_LIBRARY)
 def _row_norms_fake(weight: list[Tensor], input_scale: list[Tensor], dim: list[int]) -> list[Tensor]:
+    same_device("row_norms", weight=weight, input_scale=input_scale)
     return [w.new_empty(w.shape[d], dtype=_arithmetic(w)) for w, d in zip(weight, dim, strict=True)]
 
 
@@ -141,6 +146,7 @@ def _row_norms_backward_fake(
     needs_weight: bool,
     needs_scale: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
+    same_device("row_norms_backward", grad=grad, norm=norm, weight=weight, input_scale=input_scale)
     dweight = [_dense_like(w) if needs_weight else w.new_empty(0) for w in weight]
     return dweight, [s.new_empty(s.shape[0] if needs_scale else 0) for s in input_scale]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import ppnet.extension  # noqa: F401  registers the compiled kernels
+from ppnet.ops.library import same_device, same_lengths
 
 # The schemas are defined here, not in C++, so that the operators exist, trace and differentiate without the extension.
 # An absent scale or weight is an empty tensor: with `Tensor?[]`, autograd ignores every tensor of a list with a None.
@@ -38,7 +38,9 @@ def gather_rows(
     Returns out[i]: (K,), (K, D) or (D, K), of src[i]'s dtype and memory order. The product is rounded once.
     Differentiable in src and scale. Errors (RuntimeError) name the list, the position and the value.
     """
+    same_lengths("gather_rows", src=src, idx=idx, scale=scale, dim=dim)
     absent = _absent(src)
+    _refuse_empty("gather_rows", "scale", scale, idx)
     return torch.ops.ppnet.gather_rows(
         list(src), list(idx), [s if s is not None else a for s, a in zip(scale, absent, strict=True)], list(dim)
     )
@@ -61,7 +63,10 @@ def scatter_rows(
     out[idx[k]] = scale[k] · grad[k]; and dot[i] (K,) float32 = ⟨grad[k], weight[idx[k]]⟩ (without the scale),
     empty without a weight. Not differentiable. Errors (RuntimeError) name the list, the position and the value.
     """
+    same_lengths("scatter_rows", grad=grad, idx=idx, scale=scale, dim=dim, size=size, weight=weight)
     absent = _absent(grad)
+    _refuse_empty("scatter_rows", "scale", scale, idx)
+    _refuse_empty("scatter_rows", "weight", weight, idx)
     return torch.ops.ppnet.scatter_rows(
         list(grad),
         list(idx),
@@ -116,6 +121,13 @@ def _absent(like: Sequence[Tensor]) -> list[Tensor]:
     return [t.new_empty(0, dtype=_arithmetic(t)) for t in like]
 
 
+def _refuse_empty(operator: str, name: str, values: Sequence[Tensor | None], idx: Sequence[Tensor]) -> None:
+    """The operators' form of None is what a caller got wrong."""
+    for i, (value, kept) in enumerate(zip(values, idx, strict=True)):
+        if value is not None and _is_absent(value) and kept.numel():
+            raise RuntimeError(f"{operator}: {name}[{i}] has shape (0,), but idx[{i}] has {kept.numel()} entries")
+
+
 def _is_absent(t: Tensor) -> bool:
     return t.dim() == 1 and t.shape[0] == 0
 
@@ -168,6 +180,7 @@ def _scatter_rows_torch(
 
 @torch.library.register_fake("ppnet::gather_rows", lib=_LIBRARY)
 def _gather_rows_fake(src: list[Tensor], idx: list[Tensor], scale: list[Tensor], dim: list[int]) -> list[Tensor]:
+    same_device("gather_rows", src=src, idx=idx, scale=scale)
     return [_empty(s, d, i.shape[0], _prefers_transpose(s)) for s, i, d in zip(src, idx, dim, strict=True)]
 
 
@@ -175,6 +188,7 @@ def _gather_rows_fake(src: list[Tensor], idx: list[Tensor], scale: list[Tensor],
 def _scatter_rows_fake(
     grad: list[Tensor], idx: list[Tensor], scale: list[Tensor], dim: list[int], size: list[int], weight: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
+    same_device("scatter_rows", grad=grad, idx=idx, scale=scale, weight=weight)
     out, dot = [], []
     for g, i, d, n, w in zip(grad, idx, dim, size, weight, strict=True):
         out.append(_empty(g, d, n, _prefers_transpose(g if _is_absent(w) else w)))

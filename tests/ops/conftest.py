@@ -1,9 +1,23 @@
 """Fixtures of the operators' tests: every instruction set of this processor, one and two threads."""
 
+import zlib
+
 import pytest
 import torch
 
 import ppnet.extension as extension
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """The same random values in every run of a test, whichever others run with it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Tests that compare errors must not depend on what ran before them."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=extension.supported_isas() or ["torch"])

@@ -13,29 +13,6 @@ EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=extension.supported_isas() or ["torch"])
-def isa(request):
-    """Each instruction set this processor has."""
-    if request.param != "torch":
-        extension.set_isa(request.param)
-    yield request.param
-    if request.param != "torch":
-        extension.set_isa("auto")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def torch_act(x, act):
     if act == "relu2":
         return functional.relu(x).square()
@@ -87,7 +64,7 @@ def assert_no_worse(result, torchs, exact, dtype, scale=0.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("rows, k", [(1, 1), (3, 7), (70, 172), (5, 2100)])
-def test_against_float64(rows, k, act, dtype, isa, threads):
+def test_against_float64(rows, k, act, dtype, isa):
     for gated in (True, False):
         for scaled in (True, False):
             up, gate, z = inputs(rows, k, dtype, gated, scaled)

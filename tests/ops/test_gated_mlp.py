@@ -9,19 +9,6 @@ from ppnet.ops import gated_act_ref, gated_mlp, gated_mlp_ref, linear_path
 NAMES = ["x", "up", "down", "gate", "up_bias", "gate_bias", "down_bias", "z"]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def case(d, f, dtype=torch.float32, gated=True, biased=True, shape=(2, 5), transposed=False):
     """Inputs by name; transposed: weights in the other memory order (down as nn.Linear's weight seen by its units)."""
 

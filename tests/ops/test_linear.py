@@ -15,23 +15,10 @@ LARGE = (300, 400, 500)  # T, D, F beyond MIN_FLOP
 assert 2 * LARGE[0] * LARGE[1] * LARGE[2] >= MIN_FLOP
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["torch", "onednn"])
 def path(request):
     with linear_path(request.param):
         yield request.param
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def case(t, d, f, dtype=torch.float32, bias=True):

@@ -12,24 +12,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
 
 
-@pytest.fixture(params=extension.supported_isas() or ["torch"])
-def isa(request):
-    """Each instruction set this processor has."""
-    if request.param != "torch":
-        extension.set_isa(request.param)
-    yield request.param
-    if request.param != "torch":
-        extension.set_isa("auto")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def matrices(f, d, dtype):
     """A weight of each layout with f units of d features, and the dim of the units; views, so that strides count."""
     size = 2 * max(f, d) + 5
@@ -65,7 +47,7 @@ def assert_as_exact_as(ours, torchs, exact, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (300, 517), (5, 0), (0, 5)])
-def test_norms_and_gradients_against_float64(f, d, dtype, isa, threads):
+def test_norms_and_gradients_against_float64(f, d, dtype, isa):
     weight, dim = matrices(f, d, dtype)
     scale = scales(weight, d, dtype)
     results = []

@@ -12,24 +12,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
 
 
-@pytest.fixture(params=extension.supported_isas() or ["torch"])
-def isa(request):
-    """Each instruction set this processor has."""
-    if request.param != "torch":
-        extension.set_isa(request.param)
-    yield request.param
-    if request.param != "torch":
-        extension.set_isa("auto")
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def matrices(f, d, dtype, device="cpu"):
     """One tensor of each layout with f units, and the dim they lie along; views of larger tensors, so strides count."""
     big = torch.randn(2 * max(f, d) + 3, 2 * max(f, d) + 5, device=device).to(dtype)
@@ -61,7 +43,7 @@ def column(scale, t, dim):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (300, 129)])
-def test_copies_are_exact(f, d, dtype, isa, threads):
+def test_copies_are_exact(f, d, dtype, isa):
     src, dim = matrices(f, d, dtype)
     n = len(src)
     for idx in indices(f):
@@ -75,7 +57,7 @@ def test_copies_are_exact(f, d, dtype, isa, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("f, d", [(7, 172), (300, 517)])
-def test_scaled_and_dot_against_float64(f, d, dtype, isa, threads):
+def test_scaled_and_dot_against_float64(f, d, dtype, isa):
     src, dim = matrices(f, d, dtype)
     n = len(src)
     for idx in indices(f):
@@ -95,16 +77,6 @@ def test_scaled_and_dot_against_float64(f, d, dtype, isa, threads):
             error = (dot[i].double() - exact).abs()
             assert dot[i].dtype == torch.float32
             assert (error <= 2 * (dot_ref[i].double() - exact).abs() + floor).all()
-
-
-def test_dot_does_not_depend_on_threads():
-    grad, weight = torch.randn(700, 333), torch.randn(700, 501)
-    idx = torch.randperm(501)[:333]
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(scatter_rows([grad], [idx], [None], [1], [501], [weight])[1][0])
-    assert torch.equal(*results)
 
 
 def test_special_values_and_rounding(isa):
