@@ -1,8 +1,10 @@
 // What the bindings of the decode operators share: checks of their arguments, padded tokens, working memory.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "check.h"
 #include "cpu/tokens.h"
@@ -50,6 +52,21 @@ struct PaddedTokens {
 
 // Threads that are worth waking to read this many bytes.
 int64_t threads_for(int64_t bytes);
+// body(i, i + 1) for every i of [0, n) on that many threads. Each goes through a share of its own, in order, because kernels
+// fetch ahead; then it helps the others: where another process holds a core, the rest go on.
+template <class Body>
+void take_turns(int64_t n, int64_t threads, const Body& body) {
+  if (threads == 1) return body(0, n);
+  std::vector<std::atomic<int64_t>> next(static_cast<size_t>(threads));
+  for (int64_t t = 0; t < threads; ++t) next[static_cast<size_t>(t)] = n * t / threads;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t helped = 0; helped < threads; ++helped) {
+        const int64_t share = (t + helped) % threads, end = n * (share + 1) / threads;
+        for (int64_t i; (i = next[static_cast<size_t>(share)].fetch_add(1)) < end;) body(i, i + 1);
+      }
+  });
+}
 // body(begin, end) over equal shares of [0, n) on that many threads.
 template <class Body>
 void share_out(int64_t n, int64_t threads, const Body& body) {

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+
 #include "decode.h"
 
 namespace ppnet {
@@ -37,7 +39,10 @@ Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
   job.wide = tokens.wide;
   job.y = static_cast<char*>(y.mutable_data_ptr());
   const auto kernel = PPNET_PICK(linear_outputs);
-  share_out(job.kept, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  constexpr int64_t kRows = 128;  // whole blocks
+  take_turns((job.kept + kRows - 1) / kRows, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) {
+    kernel(job, begin * kRows, std::min(end * kRows, job.kept));
+  });
   return y;
 }
 
@@ -55,7 +60,7 @@ Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx,
   job.wide = PaddedTokens(workspace, x, factors).wide;
   job.partial = workspace.take<float>(sums);
   const auto kernel = PPNET_PICK(linear_inputs);
-  share_out(job.chunks, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  take_turns(job.chunks, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const auto add = PPNET_PICK(add_chunks);
   share_out(job.width, threads_for(sums * 4), [&](int64_t begin, int64_t end) {

@@ -43,17 +43,17 @@ struct Block {
       f[b] = neuron(job, k + b);
       up[b] = job.up + f[b] * job.up_stride;
       down[b] = job.down + f[b] * job.down_stride;
-      second_half[b] = down[b] + job.width * element_size(job.dtype) / 2;
       const int64_t next = neuron(job, k + kBlockRows + b);
-      ahead[b] = job.up + next * job.up_stride;
+      const int first = job.gate ? count : 0;  // the gate's rows are read first
+      ahead[first + b] = job.up + next * job.up_stride;
       if (job.gate == nullptr) continue;
       gate[b] = job.gate + f[b] * job.gate_stride;
-      ahead[kBlockRows + b] = job.gate + next * job.gate_stride;
+      ahead[b] = job.gate + next * job.gate_stride;
     }
   }
   int count;
   int64_t f[kBlockRows];
-  const char *up[kBlockRows], *gate[kBlockRows], *down[kBlockRows], *second_half[kBlockRows], *ahead[2 * kBlockRows];
+  const char *up[kBlockRows], *gate[kBlockRows], *down[kBlockRows], *ahead[2 * kBlockRows];
 };
 
 template <class W>
@@ -67,16 +67,17 @@ void add_bias(const char* bias, const Block& block, float* h) {
   for (int i = 0; i < block.count * T; ++i) h[i] += widen(reinterpret_cast<const W*>(bias)[block.f[i / T]]);
 }
 
-// h[b * T + t] of a block's neurons; meanwhile their down rows are fetched, half of each with either matrix.
+// h[b * T + t] of a block's neurons; meanwhile their down rows are fetched, half of them with either matrix.
 template <int T, bool kGlu, class W>
 void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) {
   const Tokens<W> x{reinterpret_cast<const W*>(job.x), job.wide, token_stride(job.width)};
+  Ahead down{block.down, block.count, job.width * static_cast<int64_t>(sizeof(W))};
   float gate[kBlockRows * T];
   if (kGlu) {
-    dots<T, true>(typed<W>(block.gate), block.count, x, job.width, block.down, gate);
-    dots<T, true>(typed<W>(block.up), block.count, x, job.width, block.second_half, h);
+    dots<T, true>(typed<W>(block.gate), block.count, x, job.width, down, gate);
+    dots<T, true>(typed<W>(block.up), block.count, x, job.width, down, h);
   } else {
-    dots<T, false>(typed<W>(block.up), block.count, x, job.width, block.down, h);
+    dots<T, false>(typed<W>(block.up), block.count, x, job.width, down, h);
   }
   add_bias<T, W>(job.up_bias, block, h);
   if (kGlu) add_bias<T, W>(job.gate_bias, block, gate);
@@ -96,7 +97,8 @@ void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
       const Block block(job, k, stop);
       float h[kBlockRows * T];
       activations<T, kGlu, W>(job, block, k, h);
-      sums<T, kGlu ? 2 : 1>(typed<W>(block.down), block.count, h, y, stride, job.width, block.ahead);
+      Ahead next{block.ahead, kGlu ? 2 * block.count : block.count, job.width * static_cast<int64_t>(sizeof(W))};
+      sums<T, kGlu ? 2 : 1>(typed<W>(block.down), block.count, h, y, stride, job.width, next);
     }
   }
 }

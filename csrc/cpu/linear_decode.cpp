@@ -35,7 +35,8 @@ void outputs(const LinearDecode& job, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; k += kBlockRows) {
     const Block<W> block(job, k, end);
     float out[kBlockRows * T];
-    dots<T, false>(block.rows, block.count, x, job.width, block.ahead, out);
+    Ahead next{block.ahead, block.count, job.width * static_cast<int64_t>(sizeof(W))};
+    dots<T, false>(block.rows, block.count, x, job.width, next, out);
     for (int r = 0; r < block.count; ++r) {
       const float offset = bias ? widen(bias[job.idx ? job.idx[k + r] : k + r]) : 0.0f;
       for (int t = 0; t < T && t < job.tokens; ++t) narrow(out[r * T + t] + offset, y[t * job.kept + k + r]);
@@ -55,7 +56,8 @@ void inputs(const LinearDecode& job, int64_t begin, int64_t end) {
       float a[kBlockRows * T];
       for (int r = 0; r < block.count; ++r)
         for (int t = 0; t < T; ++t) a[r * T + t] = job.wide[t * token_stride(job.kept) + k + r];
-      sums<T, 1>(block.rows, block.count, a, y, stride, job.width, block.ahead);
+      Ahead next{block.ahead, block.count, job.width * static_cast<int64_t>(sizeof(W))};
+      sums<T, 1>(block.rows, block.count, a, y, stride, job.width, next);
     }
   }
 }

@@ -4,7 +4,8 @@
 //   sums   y[t]     += sum_r a[r][t] row[r]      rows that belong to inputs (o and down, stored unit by unit)
 //
 // Up to kBlockRows rows are worked on together. Meanwhile the rows that come next are fetched into the second-level cache: their
-// addresses are known, and they lie anywhere in memory, where the hardware cannot guess them.
+// addresses are known, and they lie anywhere in memory, where the hardware cannot guess them. They are fetched one whole row
+// after the other, whatever the order of the work: memory likes long runs.
 // Included only by files of csrc/cpu: internal linkage throughout.
 #pragma once
 
@@ -24,6 +25,26 @@ struct Tokens {
   const W* raw;
   const float* wide;
   int64_t stride;
+};
+
+// Rows to fetch, a few cache lines with every step of the work.
+struct Ahead {
+  const char* const* rows;
+  int count;
+  int64_t bytes;  // of a row
+  int64_t at = 0;
+  template <int kLines>
+  void fetch() {
+    if (count == 0) return;
+    const char* from = *rows + at;
+    PPNET_UNROLL
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(from + line * kLineBytes, 0, 2);
+    at += kLines * kLineBytes;
+    if (at < bytes) return;
+    at = 0;
+    ++rows;
+    --count;
+  }
 };
 
 // ---- dots: kDotRows rows times T tokens are summed in registers; columns go in tiles whose tokens stay in the L1 cache ----
@@ -73,22 +94,17 @@ inline void dot_step(vfloat (&acc)[R][T], const bf16_t* const* rows, const Token
 }
 #endif
 
-// Columns [begin, end) of R rows. One row is fetched per row read, at the same columns (kHalf: half as many).
+// Columns [begin, end) of R rows. As many lines are fetched as are read (kHalf: half as many).
 template <int T, int R, bool kHalf, class W>
 inline void dot_rows(vfloat* sums, const W* const* rows, const Tokens<W>& x, int64_t begin, int64_t end,
-                     const char* const* ahead) {
+                     Ahead& ahead) {
   constexpr int64_t kStep = 2 * kLineBytes / static_cast<int64_t>(sizeof(W));
   vfloat acc[R][T];
   PPNET_UNROLL
   for (int i = 0; i < R * T; ++i) acc[i / T][i % T] = sums[i];
   int64_t d = begin;
   for (; d + kStep <= end; d += kStep) {
-    const int64_t at = d * static_cast<int64_t>(sizeof(W));
-    PPNET_UNROLL
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(ahead[r] + (kHalf ? at / 2 : at), 0, 2);
-      if (!kHalf) __builtin_prefetch(ahead[r] + at + kLineBytes, 0, 2);
-    }
+    ahead.fetch<kHalf ? R : 2 * R>();
     dot_step<T, R, false>(acc, rows, x, d, kStep);
   }
   if (d < end) dot_step<T, R, true>(acc, rows, x, d, end - d);
@@ -96,17 +112,17 @@ inline void dot_rows(vfloat* sums, const W* const* rows, const Tokens<W>& x, int
   for (int i = 0; i < R * T; ++i) sums[i] = acc[i / T][i % T];
 }
 
-// out[r * T + t] = <rows[r], x[t]> for r < count <= kBlockRows; ahead: as many rows to fetch (kHalf: the first half of each).
+// out[r * T + t] = <rows[r], x[t]> for r < count <= kBlockRows.
 template <int T, bool kHalf, class W>
-void dots(const W* const* rows, int count, const Tokens<W>& x, int64_t width, const char* const* ahead, float* out) {
+void dots(const W* const* rows, int count, const Tokens<W>& x, int64_t width, Ahead& ahead, float* out) {
   constexpr int R = kDotRows<T>;
   vfloat total[kBlockRows * T];
   for (int i = 0; i < count * T; ++i) total[i] = splat(0);
   for (int64_t begin = 0; begin < width; begin += kDotTile<T>) {
     const int64_t end = begin + kDotTile<T> < width ? begin + kDotTile<T> : width;
     int r = 0;
-    for (; r + R <= count; r += R) dot_rows<T, R, kHalf>(total + r * T, rows + r, x, begin, end, ahead + r);
-    for (; r < count; ++r) dot_rows<T, 1, kHalf>(total + r * T, rows + r, x, begin, end, ahead + r);
+    for (; r + R <= count; r += R) dot_rows<T, R, kHalf>(total + r * T, rows + r, x, begin, end, ahead);
+    for (; r < count; ++r) dot_rows<T, 1, kHalf>(total + r * T, rows + r, x, begin, end, ahead);
   }
   for (int i = 0; i < count * T; ++i) out[i] = sum(total[i]);
 }
@@ -118,11 +134,11 @@ template <int T>
 constexpr int kSumVectors = kLanes == 16 ? (T == 1 ? 8 : T == 8 ? 2 : 4) : (T <= 2 ? 4 : T == 4 ? 2 : 1);
 
 // y[t] += sum over r of a[r * T + t] * rows[r], for r < count and t < T, in V vectors of columns from d on; the last vector has
-// `last` elements. N rows are fetched per row read, at the same columns.
+// `last` elements. N lines are fetched per line read.
 template <int T, int V, int N, class W>
 inline void sum_tile(const W* const* rows, int count, const float* a, float* y, int64_t stride, int64_t d, int64_t last,
-                     const char* const* ahead) {
-  constexpr int64_t kBytes = V * kLanes * static_cast<int64_t>(sizeof(W));
+                     Ahead& ahead) {
+  constexpr int kLines = (V * kLanes * static_cast<int>(sizeof(W)) + kLineBytes - 1) / kLineBytes;
   vfloat acc[T][V];
   PPNET_UNROLL
   for (int i = 0; i < T * V; ++i) {
@@ -131,9 +147,7 @@ inline void sum_tile(const W* const* rows, int count, const float* a, float* y, 
   }
   for (int r = 0; r < count; ++r) {
     PPNET_UNROLL
-    for (int n = 0; n < N; ++n)
-      for (int64_t line = 0; line < kBytes; line += kLineBytes)
-        __builtin_prefetch(ahead[n * kBlockRows + r] + d * static_cast<int64_t>(sizeof(W)) + line, 0, 2);
+    for (int n = 0; n < N; ++n) ahead.fetch<kLines>();
     vfloat w[V];
     PPNET_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -157,10 +171,10 @@ inline void sum_tile(const W* const* rows, int count, const float* a, float* y, 
   }
 }
 
-// The same over all columns; y is (T, width) floats. ahead: (N, kBlockRows).
+// The same over all columns; y is (T, width) floats.
 template <int T, int N, class W>
 void sums(const W* const* rows, int count, const float* a, float* y, int64_t stride, int64_t width,
-          const char* const* ahead) {
+          Ahead& ahead) {
   constexpr int64_t kTile = kSumVectors<T> * kLanes;
   int64_t d = 0;
   for (; d + kTile <= width; d += kTile) sum_tile<T, kSumVectors<T>, N>(rows, count, a, y, stride, d, kLanes, ahead);
