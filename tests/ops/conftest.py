@@ -14,12 +14,6 @@ def seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    """Tests that compare errors must not depend on what ran before them."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=extension.supported_isas() or ["torch"])
 def isa(request):
     """Each instruction set this processor has; "torch" without the extension."""
