@@ -100,7 +100,7 @@ PaddedTokens::PaddedTokens(Workspace& workspace, const Tensor& x, const float* f
 }
 
 int64_t threads_for(int64_t bytes) {
-  constexpr int64_t kBytesPerThread = 1 << 16;
+  constexpr int64_t kBytesPerThread = 1 << 18;
   return std::clamp<int64_t>(bytes / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
 }
 

@@ -54,6 +54,7 @@ def gated_mlp_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
+    refuse_gradient("gated_mlp_decode", "gated_mlp", x, up, down, gate, up_bias, gate_bias, down_bias, z)
     return _gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
 
 
@@ -119,5 +120,4 @@ def _gated_mlp_decode_fake(
     return x.new_empty(x.shape[0], up.shape[1])
 
 
-refuse_gradient("gated_mlp_decode", "gated_mlp")
 follow_autocast("gated_mlp_decode", keep=(8,))

@@ -74,10 +74,10 @@ def follow_autocast(name: str, keep: Collection[int] = ()) -> None:
     LIBRARY.impl(name, rule("cuda"), "AutocastCUDA")
 
 
-def refuse_gradient(name: str, instead: str) -> None:
-    """A backward pass through the operator raises RuntimeError and names the operator to train with."""
+def refuse_gradient(name: str, instead: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError where a gradient would be recorded through an operator that has none.
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    Called before the operator: a rule registered for it would cost every call a detour through Python.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(f"{name}: not differentiable, it is for generation; use {instead}, or torch.no_grad()")
-
-    torch.library.register_autograd(f"ppnet::{name}", backward, lib=LIBRARY)

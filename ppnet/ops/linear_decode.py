@@ -39,6 +39,7 @@ def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx:
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
+    refuse_gradient("linear_decode", "torch.nn.functional.linear", x, weight, bias)
     return _linear_decode(x, weight, bias, idx)
 
 
@@ -67,6 +68,7 @@ def linear_t_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
+    refuse_gradient("linear_t_decode", "torch.nn.functional.linear", x, weight, bias, z)
     return _linear_t_decode(x, weight, bias, idx, z)
 
 
@@ -120,6 +122,5 @@ def _linear_t_decode_fake(
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-for _name, _keep in (("linear_decode", ()), ("linear_t_decode", (4,))):
-    refuse_gradient(_name, "torch.nn.functional.linear")
-    follow_autocast(_name, _keep)
+follow_autocast("linear_decode")
+follow_autocast("linear_t_decode", keep=(4,))

@@ -86,7 +86,7 @@ def test_tracing_compile_export_and_autocast():
     rounded = {name: value.bfloat16() for name, value in arguments.items()}
     assert torch.equal(out, gated_mlp_decode(x.bfloat16(), **rounded, idx=idx, z=z))
     with pytest.raises(RuntimeError, match=r"not differentiable.*gated_mlp"):
-        gated_mlp_decode(x.requires_grad_(), **arguments).sum().backward()
+        gated_mlp_decode(x.requires_grad_(), **arguments)
 
 
 @compiled
