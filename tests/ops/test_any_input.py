@@ -194,6 +194,7 @@ def gated_mlp(inputs):
         arguments,
         magnitude=mlp_size,
         operators=composed,
+        rounds_between=True,
         indices={"idx": [f]},
     )
 
