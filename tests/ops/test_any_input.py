@@ -1,7 +1,4 @@
-"""Any shape, dtype, layout, index or value at every operator: the reference's result, or an error that names its cause.
-
-`pytest tests/ops/test_any_input.py --hypothesis-profile=long` tries other and more inputs than the suite does.
-"""
+"""Any shape, dtype, layout, index or value at every operator: the reference's result, or an error that names its cause."""
 
 import math
 
