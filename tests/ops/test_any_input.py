@@ -1,4 +1,4 @@
-"""Any shape, dtype, layout, index or value at every operator: the reference's result, or an error that names its cause."""
+"""Any shape, dtype, layout, index or value at every operator: the reference's result, or an error that says why."""
 
 import math
 
