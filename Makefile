@@ -27,8 +27,8 @@ lint: $(STAMPS)/test
 	$(BIN)/mypy
 
 # The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own; any report fails.
-# Tests of tracing run torch's code and not ours, and its compiler does not start under the sanitizers. Leaks are not looked
-# for: Python leaves memory behind at exit. libstdc++ is preloaded because the interpreter does not bring it.
+# Tests of tracing are left out: they run torch's code more than ours. Leaks are not looked for: Python leaves memory behind
+# at exit. libstdc++ is preloaded because the interpreter does not bring it.
 SANITIZE_ARGS ?= -k "not compile and not export and not opcheck and not checkpointing"
 SANITIZED := $(CURDIR)/build/sanitize/lib
 SANITIZE_ENV = LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so)" \

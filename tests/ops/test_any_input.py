@@ -1,7 +1,4 @@
-"""Any shape, dtype, layout, index or value at every operator: the reference's result, or an error that names its cause.
-
-`pytest tests/ops/test_any_input.py --hypothesis-profile=long` tries other and more inputs than the suite does.
-"""
+"""Any shape, dtype, layout, index or value at every operator: the reference's result, or an error that says why."""
 
 import math
 
@@ -194,6 +191,7 @@ def gated_mlp(inputs):
         arguments,
         magnitude=mlp_size,
         operators=composed,
+        rounds_between=True,
         indices={"idx": [f]},
     )
 
