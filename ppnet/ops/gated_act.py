@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppnet.ops.library import same_device
+from ppnet.ops.library import LIBRARY, define, same_device
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
-_LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
-_LIBRARY.define(
-    "gated_act(Tensor up, Tensor? gate, Tensor? z, str act) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
+define("gated_act(Tensor up, Tensor? gate, Tensor? z, str act) -> Tensor")
+define(
     "gated_act_backward(Tensor dh, Tensor up, Tensor? gate, Tensor? z, str act, bool need_up=True,"
-    " bool need_gate=True, bool need_z=True) -> (Tensor dup, Tensor dgate, Tensor dz)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " bool need_gate=True, bool need_z=True) -> (Tensor dup, Tensor dgate, Tensor dz)"
 )
 
 
@@ -129,22 +124,22 @@ def _activation_backward(dy: Tensor, x: Tensor, act: str) -> Tensor:
     raise RuntimeError(f'gated_act: act is "{act}"; allowed are silu, gelu, gelu_tanh, relu and relu2')
 
 
-@torch.library.impl(_LIBRARY, "gated_act", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gated_act", "CompositeExplicitAutograd")
 def _gated_act_torch(up: Tensor, gate: Tensor | None, z: Tensor | None, act: str) -> Tensor:
     """Runs where there is no compiled kernel: without the extension, or on a device it was not built for."""
     return gated_act_ref(up, gate, z, act).contiguous()
 
 
-torch.library.impl(_LIBRARY, "gated_act_backward", "CompositeExplicitAutograd")(gated_act_backward_ref)
+torch.library.impl(LIBRARY, "gated_act_backward", "CompositeExplicitAutograd")(gated_act_backward_ref)
 
 
-@torch.library.register_fake("ppnet::gated_act", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_act", lib=LIBRARY)
 def _gated_act_fake(up: Tensor, gate: Tensor | None, z: Tensor | None, act: str) -> Tensor:
     same_device("gated_act", up=up, gate=gate, z=z)
     return up.new_empty(up.shape)
 
 
-@torch.library.register_fake("ppnet::gated_act_backward", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_act_backward", lib=LIBRARY)
 def _gated_act_backward_fake(
     dh: Tensor,
     up: Tensor,
@@ -175,4 +170,4 @@ def _gated_act_gradient(ctx, dh):
     return dup if need_up else None, dgate if need_gate else None, dz if need_z else None, None
 
 
-torch.library.register_autograd("ppnet::gated_act", _gated_act_gradient, setup_context=_save_for_gradient, lib=_LIBRARY)
+torch.library.register_autograd("ppnet::gated_act", _gated_act_gradient, setup_context=_save_for_gradient, lib=LIBRARY)

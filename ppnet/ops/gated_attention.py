@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from ppnet.ops.gated_attention_gemm import attended, empty_by_token, gemm, gemm_backward, wide
-from ppnet.ops.rows import _LIBRARY
+from ppnet.ops.library import LIBRARY, define
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, int window"
-_LIBRARY.define(
-    f"gated_attention({_SCHEMA}) -> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
+define(f"gated_attention({_SCHEMA}) -> (Tensor out, Tensor lse)")
+define(
     f"gated_attention_backward(Tensor dout, {_SCHEMA}, Tensor out, Tensor lse)"
-    " -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
 )
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -189,7 +185,7 @@ def _flash_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl(_LIBRARY, "gated_attention", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gated_attention", "CompositeExplicitAutograd")
 def _gated_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -205,7 +201,7 @@ def _gated_attention(
     return (out if out.stride() == by_token.stride() else by_token.copy_(out)), lse.contiguous()
 
 
-@torch.library.impl(_LIBRARY, "gated_attention_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gated_attention_backward", "CompositeExplicitAutograd")
 def _gated_attention_backward(
     dout: Tensor,
     query: Tensor,
@@ -230,12 +226,12 @@ def _gated_attention_backward(
     return empty_by_token(query).copy_(dquery), torch.empty_like(key).copy_(dkey), torch.empty_like(value).copy_(dvalue)
 
 
-@torch.library.register_fake("ppnet::gated_attention", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_attention", lib=LIBRARY)
 def _gated_attention_fake(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return empty_by_token(query), query.new_empty(query.shape[:3], dtype=wide(query))
 
 
-@torch.library.register_fake("ppnet::gated_attention_backward", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_attention_backward", lib=LIBRARY)
 def _gated_attention_backward_fake(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,4 +251,4 @@ def _gradient(ctx, dout, _dlse):
     return *gradients, None, None, None, None
 
 
-torch.library.register_autograd("ppnet::gated_attention", _gradient, setup_context=_save_for_gradient, lib=_LIBRARY)
+torch.library.register_autograd("ppnet::gated_attention", _gradient, setup_context=_save_for_gradient, lib=LIBRARY)

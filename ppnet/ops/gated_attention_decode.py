@@ -9,13 +9,11 @@ with g = h // (H / G). A query that may attend to nothing gives 0 (torch's SDPA 
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import same_device
-from ppnet.ops.rows import _LIBRARY
+from ppnet.ops.library import LIBRARY, define, same_device
 
-_LIBRARY.define(
+define(
     "gated_attention_decode(Tensor query, Tensor key, Tensor value, Tensor? groups, Tensor? gate, Tensor? mask,"
-    " Tensor? lengths, float scale, int window) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " Tensor? lengths, float scale, int window) -> Tensor"
 )
 
 # The packet torch.ops.ppnet.gated_attention_decode looks its overload up at every call.
@@ -132,7 +130,7 @@ def attended(
     return attend & ~(mask <= torch.finfo(mask.dtype).min), mask
 
 
-@torch.library.impl(_LIBRARY, "gated_attention_decode", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gated_attention_decode", "CompositeExplicitAutograd")
 def _gated_attention_decode_torch(
     query: Tensor,
     key: Tensor,
@@ -151,7 +149,7 @@ def _gated_attention_decode_torch(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@torch.library.register_fake("ppnet::gated_attention_decode", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_attention_decode", lib=LIBRARY)
 def _gated_attention_decode_fake(
     query: Tensor,
     key: Tensor,

@@ -17,23 +17,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_ref
-from ppnet.ops.library import same_device
+from ppnet.ops.library import LIBRARY, define, same_device
 from ppnet.ops.linear import linear
 from ppnet.ops.rows import _prefers_transpose, gather_rows, scatter_rows
 
-_LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
 _WEIGHTS = (
     "Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, Tensor? idx,"
     " Tensor? z, str act"
 )
-_LIBRARY.define(
-    f"gated_mlp(Tensor x, {_WEIGHTS}) -> (Tensor y, Tensor u, Tensor g)", tags=(torch.Tag.pt2_compliant_tag,)
-)
+define(f"gated_mlp(Tensor x, {_WEIGHTS}) -> (Tensor y, Tensor u, Tensor g)")
 # needs and the outputs are in the order of gated_mlp's arguments: x, up, down, gate, the three biases, z.
-_LIBRARY.define(
+define(
     f"gated_mlp_backward(Tensor dy, Tensor? x, Tensor u, Tensor? g, {_WEIGHTS}, bool[] needs) -> (Tensor dx,"
-    " Tensor dup, Tensor ddown, Tensor dgate, Tensor dup_bias, Tensor dgate_bias, Tensor ddown_bias, Tensor dz)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " Tensor dup, Tensor ddown, Tensor dgate, Tensor dup_bias, Tensor dgate_bias, Tensor ddown_bias, Tensor dz)"
 )
 
 
@@ -135,7 +131,7 @@ def _kept(tensors: Sequence[Tensor | None], idx: Tensor | None, dtype: torch.dty
     return [None if t is None else next(kept) for t in tensors]
 
 
-@torch.library.impl(_LIBRARY, "gated_mlp", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gated_mlp", "CompositeExplicitAutograd")
 def _gated_mlp_kernel(
     x: Tensor,
     up: Tensor,
@@ -166,7 +162,7 @@ def _weight_gradient(dout: Tensor, rows: Tensor, like: Tensor) -> Tensor:
     return linear(dout.t(), rows.t()).to(like.dtype)
 
 
-@torch.library.impl(_LIBRARY, "gated_mlp_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gated_mlp_backward", "CompositeExplicitAutograd")
 def _gated_mlp_backward_kernel(
     dy: Tensor,
     x: Tensor | None,
@@ -221,7 +217,7 @@ def _scattered(grad: Tensor, idx: Tensor | None, units: int) -> Tensor:
     return grad if idx is None else scatter_rows([grad], [idx], [None], [0], [units], [None])[0][0]
 
 
-@torch.library.register_fake("ppnet::gated_mlp", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_mlp", lib=LIBRARY)
 def _gated_mlp_fake(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act):
     biases = {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias}
     same_device("gated_mlp", x=x, up=up, down=down, gate=gate, **biases, idx=idx, z=z)
@@ -230,7 +226,7 @@ def _gated_mlp_fake(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, ac
     return y, x.new_empty(pre), x.new_empty(0 if gate is None else pre)
 
 
-@torch.library.register_fake("ppnet::gated_mlp_backward", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gated_mlp_backward", lib=LIBRARY)
 def _gated_mlp_backward_fake(
     dy, x, u, g, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act, needs
 ) -> tuple[Tensor, ...]:
@@ -263,7 +259,7 @@ def _gated_mlp_gradient(ctx, dy, du, dg):
     return *through, None, dz, None
 
 
-torch.library.register_autograd("ppnet::gated_mlp", _gated_mlp_gradient, setup_context=_save_for_gradient, lib=_LIBRARY)
+torch.library.register_autograd("ppnet::gated_mlp", _gated_mlp_gradient, setup_context=_save_for_gradient, lib=LIBRARY)
 
 
 def _register_autocast(device: str, key: str) -> None:
@@ -281,8 +277,8 @@ def _register_autocast(device: str, key: str) -> None:
     def dtype_of() -> torch.dtype:
         return torch.get_autocast_dtype(device)
 
-    _LIBRARY.impl("gated_mlp", forward, key)
-    _LIBRARY.impl("gated_mlp_backward", backward, key)
+    LIBRARY.impl("gated_mlp", forward, key)
+    LIBRARY.impl("gated_mlp_backward", backward, key)
 
 
 _register_autocast("cpu", "AutocastCPU")

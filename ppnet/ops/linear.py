@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppnet.ops.library import same_device
+from ppnet.ops.library import LIBRARY, define, same_device
 
 PATHS = ("auto", "torch", "onednn")
 
@@ -35,8 +35,7 @@ MEASURED: dict[tuple[str, str, torch.dtype], float] = {
     ("AuthenticAMD", "AVX512", torch.float32): 1.24,
 }
 
-_LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _vendor() -> str:
@@ -170,18 +169,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, path: str) -> Tenso
     return functional.linear(x, weight, bias)
 
 
-@torch.library.impl(_LIBRARY, "linear", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "linear", "CompositeExplicitAutograd")
 def _linear_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(x, weight, bias, _chosen(x, weight))
 
 
-@torch.library.register_fake("ppnet::linear", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::linear", lib=LIBRARY)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     same_device("linear", x=x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.impl(_LIBRARY, "linear", "AutocastCPU")
+@torch.library.impl(LIBRARY, "linear", "AutocastCPU")
 def _linear_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     with torch.amp.autocast("cpu", enabled=False):
@@ -208,4 +207,4 @@ def _linear_gradient(ctx, dy):
     return dx, dweight, rows.sum(0) if need_bias else None
 
 
-torch.library.register_autograd("ppnet::linear", _linear_gradient, setup_context=_save_for_gradient, lib=_LIBRARY)
+torch.library.register_autograd("ppnet::linear", _linear_gradient, setup_context=_save_for_gradient, lib=LIBRARY)

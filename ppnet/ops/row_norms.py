@@ -11,17 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import same_device, same_lengths
+from ppnet.ops.library import LIBRARY, define, same_device, same_lengths
 
-_LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
-_LIBRARY.define(
-    "row_norms(Tensor[] weight, Tensor[] input_scale, int[] dim) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
+define("row_norms(Tensor[] weight, Tensor[] input_scale, int[] dim) -> Tensor[]")
+define(
     "row_norms_backward(Tensor[] grad, Tensor[] norm, Tensor[] weight, Tensor[] input_scale, int[] dim,"
-    " bool needs_weight, bool needs_scale) -> (Tensor[] dweight, Tensor[] dscale)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " bool needs_weight, bool needs_scale) -> (Tensor[] dweight, Tensor[] dscale)"
 )
 
 
@@ -106,14 +101,14 @@ def _dense_like(t: Tensor) -> Tensor:
     return t.new_empty(t.shape)
 
 
-@torch.library.impl(_LIBRARY, "row_norms", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "row_norms", "CompositeExplicitAutograd")
 def _row_norms_torch(weight: list[Tensor], input_scale: list[Tensor], dim: list[int]) -> list[Tensor]:
     """Runs where there is no compiled kernel: without the extension, or on a device it was not built for."""
     out = row_norms_ref(weight, [None if _is_absent(s) else s for s in input_scale], dim)
     return [o.contiguous() for o in out]
 
 
-@torch.library.impl(_LIBRARY, "row_norms_backward", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "row_norms_backward", "CompositeExplicitAutograd")
 def _row_norms_backward_torch(
     grad: list[Tensor],
     norm: list[Tensor],
@@ -130,13 +125,13 @@ def _row_norms_backward_torch(
     return dweight, dscale
 
 
-@torch.library.register_fake("ppnet::row_norms", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::row_norms", lib=LIBRARY)
 def _row_norms_fake(weight: list[Tensor], input_scale: list[Tensor], dim: list[int]) -> list[Tensor]:
     same_device("row_norms", weight=weight, input_scale=input_scale)
     return [w.new_empty(w.shape[d], dtype=_arithmetic(w)) for w, d in zip(weight, dim, strict=True)]
 
 
-@torch.library.register_fake("ppnet::row_norms_backward", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::row_norms_backward", lib=LIBRARY)
 def _row_norms_backward_fake(
     grad: list[Tensor],
     norm: list[Tensor],
@@ -178,4 +173,4 @@ def _row_norms_gradient(ctx, grad):
     return dw, ds, None
 
 
-torch.library.register_autograd("ppnet::row_norms", _row_norms_gradient, setup_context=_save_for_gradient, lib=_LIBRARY)
+torch.library.register_autograd("ppnet::row_norms", _row_norms_gradient, setup_context=_save_for_gradient, lib=LIBRARY)

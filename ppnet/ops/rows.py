@@ -11,19 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import same_device, same_lengths
+from ppnet.ops.library import LIBRARY, define, same_device, same_lengths
 
-# The schemas are defined here, not in C++, so that the operators exist, trace and differentiate without the extension.
+
 # An absent scale or weight is an empty tensor: with `Tensor?[]`, autograd ignores every tensor of a list with a None.
-_LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
-_LIBRARY.define(
-    "gather_rows(Tensor[] src, Tensor[] idx, Tensor[] scale, int[] dim) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
+define("gather_rows(Tensor[] src, Tensor[] idx, Tensor[] scale, int[] dim) -> Tensor[]")
+define(
     "scatter_rows(Tensor[] grad, Tensor[] idx, Tensor[] scale, int[] dim, SymInt[] size, Tensor[] weight)"
-    " -> (Tensor[] out, Tensor[] dot)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    " -> (Tensor[] out, Tensor[] dot)"
 )
 
 
@@ -161,14 +156,14 @@ def _ordered(t: Tensor, transposed: bool) -> Tensor:
     return t.t().contiguous().t() if transposed else t.contiguous()
 
 
-@torch.library.impl(_LIBRARY, "gather_rows", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "gather_rows", "CompositeExplicitAutograd")
 def _gather_rows_torch(src: list[Tensor], idx: list[Tensor], scale: list[Tensor], dim: list[int]) -> list[Tensor]:
     """Runs where there is no compiled kernel: without the extension, or on a device it was not built for."""
     out = gather_rows_ref(src, idx, [None if _is_absent(z) else z for z in scale], dim)
     return [_ordered(o, _prefers_transpose(s)) for o, s in zip(out, src, strict=True)]
 
 
-@torch.library.impl(_LIBRARY, "scatter_rows", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "scatter_rows", "CompositeExplicitAutograd")
 def _scatter_rows_torch(
     grad: list[Tensor], idx: list[Tensor], scale: list[Tensor], dim: list[int], size: list[int], weight: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,13 +173,13 @@ def _scatter_rows_torch(
     return [_ordered(o, t) for o, t in zip(out, order, strict=True)], dot
 
 
-@torch.library.register_fake("ppnet::gather_rows", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::gather_rows", lib=LIBRARY)
 def _gather_rows_fake(src: list[Tensor], idx: list[Tensor], scale: list[Tensor], dim: list[int]) -> list[Tensor]:
     same_device("gather_rows", src=src, idx=idx, scale=scale)
     return [_empty(s, d, i.shape[0], _prefers_transpose(s)) for s, i, d in zip(src, idx, dim, strict=True)]
 
 
-@torch.library.register_fake("ppnet::scatter_rows", lib=_LIBRARY)
+@torch.library.register_fake("ppnet::scatter_rows", lib=LIBRARY)
 def _scatter_rows_fake(
     grad: list[Tensor], idx: list[Tensor], scale: list[Tensor], dim: list[int], size: list[int], weight: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -228,5 +223,5 @@ def _gather_rows_backward(ctx, dout):
 
 
 torch.library.register_autograd(
-    "ppnet::gather_rows", _gather_rows_backward, setup_context=_save_for_gradient, lib=_LIBRARY
+    "ppnet::gather_rows", _gather_rows_backward, setup_context=_save_for_gradient, lib=LIBRARY
 )
