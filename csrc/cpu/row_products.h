@@ -184,4 +184,60 @@ void sums(const W* const* rows, int count, const float* a, float* y, int64_t str
   }
 }
 
+#if defined(__AVX512BF16__)
+// bf16 rows two at a time: their elements side by side are the pairs that one instruction multiplies and adds in float.
+// factors[r / 2 * T + t]: a of rows r and r + 1, rounded to bf16, as it is where an activation is stored. V is even.
+template <int T, int V, int N>
+inline void pair_tile(const bf16_t* const* rows, int count, const int32_t* factors, float* y, int64_t stride, int64_t d,
+                      Ahead& ahead) {
+  constexpr int kLines = V * kLanes * 2 / kLineBytes;
+  // Element i of `low` is element i / 2 of the first row (i even) or of the second (i odd).
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  vfloat acc[T][V];
+  PPNET_UNROLL
+  for (int i = 0; i < T * V; ++i) acc[i / V][i % V] = load(y + i / V * stride + d + i % V * kLanes);
+  for (int r = 0; r < count; r += 2) {
+    const bool two = r + 1 < count;
+    PPNET_UNROLL
+    for (int n = 0; n < 2 * N; ++n) ahead.fetch<kLines>();
+    __m512bh pairs[V];
+    PPNET_UNROLL
+    for (int v = 0; v < V; v += 2) {
+      const __m512i first = _mm512_loadu_si512(rows[r] + d + v * kLanes);
+      const __m512i second = two ? _mm512_loadu_si512(rows[r + 1] + d + v * kLanes) : _mm512_setzero_si512();
+      pairs[v] = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(first, low, second));
+      pairs[v + 1] = reinterpret_cast<__m512bh>(_mm512_permutex2var_epi16(first, high, second));
+    }
+    PPNET_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const auto factor = reinterpret_cast<__m512bh>(_mm512_set1_epi32(factors[r / 2 * T + t]));
+      PPNET_UNROLL
+      for (int v = 0; v < V; ++v) acc[t][v] = _mm512_dpbf16_ps(acc[t][v], pairs[v], factor);
+    }
+  }
+  PPNET_UNROLL
+  for (int i = 0; i < T * V; ++i) store(y + i / V * stride + d + i % V * kLanes, acc[i / V][i % V]);
+}
+
+template <int T, int N>
+void sums(const bf16_t* const* rows, int count, const float* a, float* y, int64_t stride, int64_t width, Ahead& ahead) {
+  constexpr int64_t kTile = kSumVectors<T> * kLanes;
+  int32_t factors[kBlockRows / 2 * T];
+  for (int r = 0; r < count; r += 2)
+    for (int t = 0; t < T; ++t) {
+      bf16_t pair[2] = {};
+      narrow(a[r * T + t], pair[0]);
+      if (r + 1 < count) narrow(a[(r + 1) * T + t], pair[1]);
+      memcpy(&factors[r / 2 * T + t], pair, sizeof pair);
+    }
+  int64_t d = 0;
+  for (; d + kTile <= width; d += kTile)
+    pair_tile<T, kSumVectors<T>, N>(rows, count, factors, y, stride, d, ahead);
+  for (; d < width; d += kLanes)
+    sum_tile<T, 1, N>(rows, count, a, y, stride, d, width - d < kLanes ? width - d : kLanes, ahead);
+}
+#endif
+
 }  // namespace

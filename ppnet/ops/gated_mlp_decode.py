@@ -48,8 +48,9 @@ def gated_mlp_decode(
         act: silu, gelu (erf), gelu_tanh, relu or relu2.
 
     Returns:
-        ``(T, D)`` of x's dtype; everything in between is float32 and rounded once. The result does not depend on the
-        number of threads. Not differentiable. Working memory: 32 T D floats at most.
+        ``(T, D)`` of x's dtype. Everything in between is float32, rounded once; in bfloat16, where the processor has
+        bf16 products, the inputs of `down` are rounded too. The result does not depend on the number of threads. Not
+        differentiable. Working memory: 32 T D floats at most.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.

@@ -62,8 +62,9 @@ def linear_t_decode(
         z: ``(K,)`` float32 factors of the inputs, or None.
 
     Returns:
-        ``(T, D)`` of x's dtype; products and sums in float32, rounded once. The result does not depend on the number
-        of threads. Not differentiable. Working memory: 32 T D floats at most.
+        ``(T, D)`` of x's dtype; products and sums in float32, rounded once; in bfloat16, where the processor has bf16
+        products, x z is rounded too. The result does not depend on the number of threads. Not differentiable. Working
+        memory: 32 T D floats at most.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ppnet.ops.library import LIBRARY, define, same_device, same_lengths
 
-
 # An absent scale or weight is an empty tensor: with `Tensor?[]`, autograd ignores every tensor of a list with a None.
 define("gather_rows(Tensor[] src, Tensor[] idx, Tensor[] scale, int[] dim) -> Tensor[]")
 define(
