@@ -36,7 +36,8 @@ def norms(size: Size, device: torch.device) -> Iterator[Case]:
             def gradients(run):
                 leaves = [w.clone().requires_grad_() for w in weights]
                 factor = scale.clone().requires_grad_()
-                graphs = [(run([w], [factor], [dim])[0], w) for w in leaves]
+                with torch.enable_grad():  # cases are measured without
+                    graphs = [(run([w], [factor], [dim])[0], w) for w in leaves]
                 return each(graphs, lambda g: torch.autograd.grad(g[0], (g[1], factor), grad, retain_graph=True))
 
             return {"ppnet": gradients(row_norms), "vector_norm": gradients(row_norms_ref)}
