@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ppnet import ops
 from ppnet.decode import Kept, linear
-from ppnet.units import Site, leaf_module
+from ppnet.units import Leaf, Site, leaf_module
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -88,6 +88,14 @@ def conv1d_forward(self: GatedLeaf, input: Tensor) -> Tensor:
     return binding.run(input, binding.weight.t(), binding.bias)
 
 
+def feature_gate(leaf: Leaf, weight: Tensor, gate: Tensor | None) -> Tensor | None:
+    """The units' gates ``(K,)`` for each feature of a consumer, in the dtype of its arithmetic; None for a producer."""
+    if leaf.role != "out" or gate is None:
+        return None
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return gate.to(wide).repeat_interleave(leaf.features_per_unit)
+
+
 def gather_site(
     model: nn.Module, site: Site, units: Tensor, gate: Tensor | None
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -110,10 +118,7 @@ def gather_site(
         tensors.append(module.weight)
         indices.append(features)
         dims.append(leaf.weight_dim)
-        scales.append(None)
-        if leaf.role == "out" and gate is not None:
-            wide = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-            scales[-1] = gate.to(wide).repeat_interleave(leaf.features_per_unit)
+        scales.append(feature_gate(leaf, module.weight, gate))
         if leaf.role != "out" and module.bias is not None:
             tensors.append(module.bias)
             indices.append(features)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ppnet.binding import Binding, GatedLeaf, gather_site
+from ppnet.binding import Binding, GatedLeaf, feature_gate, gather_site
 from ppnet.decode import Kept
 from ppnet.errors import TrainingError
 from ppnet.gates.draw import Draw
@@ -295,11 +295,7 @@ class Engine:
 
     def _kept(self, leaf: Leaf, site_pass: SitePass) -> Kept:
         weight = leaf_module(self.model, leaf).weight
-        gate = None
-        if leaf.role == "out" and site_pass.gate is not None:
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            gate = site_pass.gate.to(wide).repeat_interleave(leaf.features_per_unit)
-        return Kept(leaf.features(site_pass.computed).to(weight.device), gate)
+        return Kept(leaf.features(site_pass.computed).to(weight.device), feature_gate(leaf, weight, site_pass.gate))
 
     def _fused(self, site: Site) -> bool:
         """Whether a site is computed by `gated_mlp`, which gathers what it needs and remembers no weights."""
