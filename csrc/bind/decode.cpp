@@ -104,4 +104,15 @@ int64_t threads_for(int64_t bytes) {
   return std::clamp<int64_t>(bytes / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
 }
 
+void add_up(const float* partial, int64_t chunks, const char* bias, Tensor& y) {
+  const int64_t tokens = y.size(0), width = y.size(1);
+  const int64_t bytes = chunks * padded_tokens(tokens) * token_stride(width) * static_cast<int64_t>(sizeof(float));
+  const Dtype dtype = dtype_of(y);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
+  const auto add = PPNET_PICK(add_chunks);
+  share_out(width, threads_for(bytes), [&](int64_t begin, int64_t end) {
+    add(dtype, partial, chunks, tokens, width, bias, out, begin, end);
+  });
+}
+
 }  // namespace ppnet

@@ -75,4 +75,7 @@ void share_out(int64_t n, int64_t threads, const Body& body) {
   });
 }
 
+// y (T, width) = bias (width, or null) + the sum over chunks of partial (chunks, padded, token_stride(width)).
+void add_up(const float* partial, int64_t chunks, const char* bias, Tensor& y);
+
 }  // namespace ppnet

@@ -49,11 +49,7 @@ Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   const int64_t bytes = job.kept * job.width * element_size(job.dtype) * (gate ? 3 : 2);
   const auto kernel = PPNET_PICK(mlp_chunks);
   take_turns(job.chunks, threads_for(bytes), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-  char* out = static_cast<char*>(y.mutable_data_ptr());
-  const auto add = PPNET_PICK(add_chunks);
-  share_out(job.width, threads_for(sums * 4), [&](int64_t begin, int64_t end) {
-    add(job.dtype, job.partial, job.chunks, job.tokens, job.width, down_bias_data, out, begin, end);
-  });
+  add_up(job.partial, job.chunks, down_bias_data, y);
   return y;
 }
 

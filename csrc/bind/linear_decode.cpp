@@ -61,11 +61,7 @@ Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx,
   job.partial = workspace.take<float>(sums);
   const auto kernel = PPNET_PICK(linear_inputs);
   take_turns(job.chunks, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-  char* out = static_cast<char*>(y.mutable_data_ptr());
-  const auto add = PPNET_PICK(add_chunks);
-  share_out(job.width, threads_for(sums * 4), [&](int64_t begin, int64_t end) {
-    add(job.dtype, job.partial, job.chunks, job.tokens, job.width, bias_data, out, begin, end);
-  });
+  add_up(job.partial, job.chunks, bias_data, y);
   return y;
 }
 

@@ -1,6 +1,7 @@
 // gated_mlp_decode: body, compiled once per instruction set (PPNET_ISA).
 //
-// Neurons go through in blocks: products with their gate and up rows, activation, sum of their down rows. Each phase prefetches the rows of the next one, so memory is read in one steady stream whatever neurons are kept.
+// Neurons go through in blocks: products with their gate and up rows, activation, sum of their down rows. Each phase
+// prefetches the rows of the next one, so memory is read in one steady stream whatever neurons are kept.
 #include "gated_mlp_decode.h"
 
 #include "activations.h"
