@@ -78,9 +78,7 @@ def bench(
     if folder is not None:
         _only("without a model folder", operators=operators, quick=quick or None, out=out, compare=compare)
         rounds = 5 if rounds is None else rounds
-        bench_model(
-            folder, sizes, metric, of, multiple_of, prompt, new, batch, rounds, device, dtype, accelerate, json
-        )
+        bench_model(folder, sizes, metric, of, multiple_of, prompt, new, batch, rounds, device, dtype, accelerate, json)
         return
     _only(
         "with a model folder",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppnet.ops.gated_attention_gemm import attended, empty_by_token, gemm, gemm_backward, wide
-from ppnet.ops.library import LIBRARY, define
+from ppnet.ops.library import LIBRARY, define, same_device
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, int window"
 define(f"gated_attention({_SCHEMA}) -> (Tensor out, Tensor lse)")
@@ -74,11 +74,11 @@ def gated_attention(
     """
     _check(query, key, value, gate, mask, window)
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = _default_scale(query) if scale is None else scale
     return torch.ops.ppnet.gated_attention(query, key, value, mask, is_causal, scale, window or 0)[0]
 
 
@@ -100,7 +100,7 @@ def gated_attention_ref(
     attend = _attend(query, key, mask, is_causal, window or 0)
     used = attend.expand(query.shape[0], -1, query.shape[2], -1).any(2).any(1)[:, None, :, None]
     key, value = (torch.where(used, t, 0).repeat_interleave(repeat, 1) for t in (key, value))
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = query @ key.transpose(-1, -2) * (_default_scale(query) if scale is None else scale)
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     alive = attend.any(-1, keepdim=True)
@@ -108,9 +108,14 @@ def gated_attention_ref(
     return torch.where(alive, weights, 0).to(query.dtype) @ value
 
 
+def _default_scale(query: Tensor) -> float:
+    return max(query.shape[-1], 1) ** -0.5
+
+
 def _check(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, window: int | None
 ) -> None:
+    same_device("gated_attention", query=query, key=key, value=value, gate=gate, mask=mask)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4 or not t.is_floating_point():
             raise RuntimeError(
@@ -128,8 +133,11 @@ def _check(
             )
     if heads % max(1, kv_heads) or (kv_heads == 0 and heads):
         raise RuntimeError(f"gated_attention: query has {heads} heads, which is no multiple of key's {kv_heads}")
-    if gate is not None and gate.shape != (kv_heads,):
-        raise RuntimeError(f"gated_attention: gate has shape {tuple(gate.shape)}; it must be (Hkv,) = ({kv_heads},)")
+    if gate is not None and (gate.shape != (kv_heads,) or not gate.is_floating_point()):
+        raise RuntimeError(
+            f"gated_attention: gate has shape {tuple(gate.shape)} and dtype {gate.dtype}; it must be (Hkv,) = "
+            f"({kv_heads},) and floating"
+        )
     if window is not None and window < 1:
         raise RuntimeError(f"gated_attention: window is {window}; allowed are positions >= 1, or None")
     if mask is None:
@@ -161,16 +169,28 @@ def _attend(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, wi
     return attend if mask is None else attend & attended(mask)
 
 
-def _without_garbage(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _without_garbage(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
     """key and value with 0 where no query of the sequence attends: 0 · NaN would reach the products."""
     if mask is None:
-        return key, value
-    mask = mask[(None,) * (4 - mask.dim())]
-    used = attended(mask).any(2).any(1)[:, None, :, None]
+        unseen = key.shape[2] - query.shape[2] - window + 1 if window else 0
+        if unseen <= 0:
+            return key, value
+        used = torch.arange(key.shape[2], device=key.device)[:, None] >= unseen
+    else:
+        mask = mask[(None,) * (4 - mask.dim())]
+        attend = _attend(query, key, mask, is_causal, window) if is_causal or window else attended(mask)
+        used = attend.any(2).any(1)[:, None, :, None]
     return torch.where(used, key, 0), torch.where(used, value, 0)
 
 
 # --- torch's flash attention ------------------------------------------------------------------------------------------
+
+
+def _rows(t: Tensor) -> Tensor:
+    """torch's kernels for the CPU take the last axis for contiguous, and read other memory where it is not."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _flash_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, window: int) -> Tensor | None:
@@ -192,10 +212,11 @@ def _gated_attention(
     lse = query.new_zeros(query.shape[:3], dtype=wide(query))
     if query.numel() == 0 or key.numel() == 0:
         return empty_by_token(query).zero_(), lse
-    key, value = _without_garbage(query, key, value, mask)
+    key, value = _without_garbage(query, key, value, mask, is_causal, window)
     if attention_path(query, key, is_causal) == "gemm":
         return gemm(query, key, value, mask, is_causal, scale, window), lse
     bias = _flash_mask(query, key, mask, is_causal, window)
+    query, key, value = _rows(query), _rows(key), _rows(value)
     out, lse = _FLASH(query, key, value, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale)
     by_token = empty_by_token(query)
     return (out if out.stride() == by_token.stride() else by_token.copy_(out)), lse.contiguous()
@@ -216,14 +237,15 @@ def _gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         return empty_by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
-    key, value = _without_garbage(query, key, value, mask)
+    dkey, dvalue = torch.empty_like(key), torch.empty_like(value)
+    key, value = _without_garbage(query, key, value, mask, is_causal, window)
     if attention_path(query, key, is_causal) == "gemm":
-        return gemm_backward(dout, query, key, value, mask, is_causal, scale, window)
+        return gemm_backward(dout, query, key, value, mask, is_causal, scale, window, dkey, dvalue)
     bias = _flash_mask(query, key, mask, is_causal, window)
-    dquery, dkey, dvalue = _FLASH_BACKWARD(
-        dout, query, key, value, out, lse, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale
+    gradients = _FLASH_BACKWARD(
+        *map(_rows, (dout, query, key, value)), out, lse, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale
     )
-    return empty_by_token(query).copy_(dquery), torch.empty_like(key).copy_(dkey), torch.empty_like(value).copy_(dvalue)
+    return empty_by_token(query).copy_(gradients[0]), dkey.copy_(gradients[1]), dvalue.copy_(gradients[2])
 
 
 @torch.library.register_fake("ppnet::gated_attention", lib=LIBRARY)

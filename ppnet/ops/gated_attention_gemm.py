@@ -163,8 +163,11 @@ def gemm_backward(
     is_causal: bool,
     scale: float,
     window: int,
+    dkey: Tensor,
+    dvalue: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dquery, dkey, dvalue = empty_by_token(query).zero_(), torch.empty_like(key), torch.empty_like(value)
+    """The gradients; those of key and value are written to `dkey` and `dvalue`."""
+    dquery = empty_by_token(query).zero_()
     for b, heads, kv_heads, blocks in _parts(query, key, value, mask, is_causal, scale, window, 3):
         to = dquery[b, heads].unflatten(0, (blocks.kv_heads, -1))
         dout_b = dout[b, heads].contiguous()

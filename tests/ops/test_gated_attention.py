@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from any_input import place
 
 import ppnet.ops.gated_attention_gemm as blocks
 from ppnet.ops.gated_attention import attention_path, gated_attention, gated_attention_ref
@@ -105,6 +106,38 @@ def test_garbage_behind_the_mask(dtype, garbage, path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("rule", [{"window": 9}, {"window": 9, "is_causal": True}, {"is_causal": True, "mask": True}])
+def test_garbage_that_rules_hide(rule, path):
+    """Before every window; and where what a mask allows to some queries is after each of them."""
+    leaves, dout = tensors((1, 4, 2, 20, 70, 16), torch.float32)
+    hidden = torch.arange(70) < 70 - 20 - 9 + 1
+    mask = None
+    if rule.get("mask"):
+        hidden = torch.arange(70) == 69
+        mask = torch.ones(20, 70, dtype=torch.bool)
+        mask[-1, -1] = False
+    rule = {name: value for name, value in rule.items() if name != "mask"}
+    expected = with_gradients(gated_attention, leaves, dout, torch.float32, mask, **rule)
+    for i in (1, 2):
+        leaves[i] = torch.where(hidden[:, None], torch.nan, leaves[i])
+    for a, b in zip(
+        with_gradients(gated_attention, leaves, dout, torch.float32, mask, **rule)[:4], expected[:4], strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["stepped", "transposed", "expanded"])
+def test_any_layout_of_the_last_axis(layout, path):
+    """torch's kernels for the CPU take it for contiguous."""
+    leaves, dout = tensors((2, 4, 2, 9, 11, 16), torch.float32)
+    leaves[:3], dout = [place(t, layout) for t in leaves[:3]], place(dout, layout)
+    expected = with_gradients(gated_attention, [t.contiguous() for t in leaves], dout.contiguous(), torch.float32, None)
+    query, key, value, gate = (t.detach().requires_grad_() for t in leaves)
+    out = gated_attention(query, key, value, gate=gate)
+    for a, b in zip([out, *torch.autograd.grad(out, (query, key, value, gate), dout)], expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_nothing_to_attend_to_gives_zero(path):
     leaves, dout = tensors((2, 2, 2, 9, 9, 16), torch.bfloat16)
     mask = torch.ones(2, 1, 9, 9, dtype=torch.bool)
@@ -191,7 +224,7 @@ ERRORS = [
     (dict(query=torch.zeros(2, 3, 5, 8)), r"query has 3 heads, which is no multiple of key's 2"),
     (dict(value=torch.zeros(2, 2, 6, 8)), r"value has shape \(2, 2, 6, 8\)"),
     (dict(key=torch.zeros(2, 2, 7, 8).half()), r"key has shape .* and dtype torch.float16; it must be"),
-    (dict(gate=torch.ones(4)), r"gate has shape \(4,\); it must be \(Hkv,\) = \(2,\)"),
+    (dict(gate=torch.ones(4)), r"gate has shape \(4,\) and dtype torch.float32; it must be \(Hkv,\) = \(2,\)"),
     (dict(window=0), r"window is 0; allowed are positions >= 1"),
     (dict(mask=torch.zeros(5, 6)), r"mask has shape \(5, 6\); it must broadcast to \(B, H, T, S\) = \(2, 4, 5, 7\)"),
     (dict(mask=torch.zeros(5, 7, dtype=torch.int64)), r"mask has dtype torch.int64"),
