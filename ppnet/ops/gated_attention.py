@@ -67,8 +67,13 @@ def gated_attention(
     scale: None is 1/sqrt(Dh).
 
     Returns (B, H, T, Dh) of query's dtype, laid out as (B, T, H, Dh). A query that may attend to nothing gives 0.
-    The backward recomputes: query, key, value, mask, the output and B · H · T floats are kept. Workspace of "gemm": 2
-    blocks of 4 Mi scores (3 in the backward; at least 32 queries of one group), and float32 sums of dkey and dvalue.
+    The backward recomputes: query, key, value, mask, the output and B · H · T floats are kept.
+    Workspace: with a gate a copy of value; with a mask, or a window shorter than S, copies of key and value and of what
+    may be attended to, as bool. "gemm": 2 blocks of scores (3 in the backward) of up to 256 queries of each head, at
+    most 4 Mi scores unless 32 queries of one group are more, and one sequence's query; in the backward also its dout,
+    and its dkey and dvalue in float32, one of them twice. "sdpa", where mask, window or T != S need a bias: the bias,
+    and three bools as large; per thread a float32 block of 256 queries by 512 keys and their outputs (2 blocks in the
+    backward); in the backward copies of the gradients. A copy of what is not contiguous along Dh.
     Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
@@ -218,8 +223,8 @@ def _gated_attention(
     bias = _flash_mask(query, key, mask, is_causal, window)
     query, key, value = _rows(query), _rows(key), _rows(value)
     out, lse = _FLASH(query, key, value, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale)
-    by_token = empty_by_token(query)
-    return (out if out.stride() == by_token.stride() else by_token.copy_(out)), lse.contiguous()
+    by_token = out.transpose(1, 2).is_contiguous()
+    return (out if by_token else empty_by_token(query).copy_(out)), lse.contiguous()
 
 
 @torch.library.impl(LIBRARY, "gated_attention_backward", "CompositeExplicitAutograd")

@@ -54,8 +54,11 @@ def gated_mlp(
     idx: (K,) int64, the kept neurons, unique; None: all of them, and nothing is copied.
     z: (K,) float32 (float64 for a float64 x), their gates; None: 1. K = 0 gives down_bias.
     act: as for gated_act.
-    Differentiable once in all floating inputs. Memory: (T, K) pre-activations are kept for the backward; the gathered
-    weights, h and dh live within a pass. Errors (RuntimeError) name the argument and its value.
+    Differentiable once in all floating inputs. Errors (RuntimeError) name the argument and its value.
+    Memory: (T, K) pre-activations, u and g, are kept for the backward. Workspace of the forward: u, g, h and, with an
+    idx, the kept rows of the weights; of the backward, while the last weight's gradient is made: h and, with an idx,
+    the gradient of one weight's kept rows (before there are gradients of weights: dh, du, dg and one weight's kept
+    rows). In both what gated_act and gather_rows take, and oneDNN's products.
     """
     _check(x, up, down, gate, up_bias, gate_bias, down_bias)
     return torch.ops.ppnet.gated_mlp(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)[0]

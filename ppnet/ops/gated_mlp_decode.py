@@ -50,7 +50,8 @@ def gated_mlp_decode(
     Returns:
         ``(T, D)`` of x's dtype. Everything in between is float32, rounded once; in bfloat16, where the processor has
         bf16 products, the inputs of `down` are rounded too. The result does not depend on the number of threads. Not
-        differentiable. Working memory: 32 T D floats at most.
+        differentiable. Working memory, padded to 1, 2, 4 or 8 tokens of D + 64 features at most: x, x in float32, and
+        32 sums (T, D) in float32 at most; the calling thread keeps it.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.

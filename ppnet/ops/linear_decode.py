@@ -34,7 +34,8 @@ def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx:
 
     Returns:
         ``(T, K)`` of x's dtype; products and sums in float32, rounded once. The result does not depend on the number
-        of threads. Not differentiable. Working memory: x once more, in float32.
+        of threads. Not differentiable. Working memory: x, and x in float32, padded to 1, 2, 4 or 8 tokens of
+        D + 64 features at most; the calling thread keeps it.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.
@@ -64,7 +65,8 @@ def linear_t_decode(
     Returns:
         ``(T, D)`` of x's dtype; products and sums in float32, rounded once; in bfloat16, where the processor has bf16
         products, x z is rounded too. The result does not depend on the number of threads. Not differentiable. Working
-        memory: 32 T D floats at most.
+        memory, padded to 1, 2, 4 or 8 tokens of 64 features more at most: x, x in float32, and at most 32 sums (T, D)
+        in float32; the calling thread keeps it.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.

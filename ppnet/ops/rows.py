@@ -30,6 +30,8 @@ def gather_rows(
     idx[i]: (K,) int64 in [0, F), any order; unique where src[i] needs a gradient.
     scale[i]: (K,) float32 (float64 for a float64 src), or None for an exact copy.
     Returns out[i]: (K,), (K, D) or (D, K), of src[i]'s dtype and memory order. The product is rounded once.
+    Workspace: 4 K bytes, and F / 8 where units lie along the contiguous axis (dim 1 of a row-major matrix); 5 KB per
+    thread; a copy of what is contiguous along neither axis.
     Differentiable in src and scale. Errors (RuntimeError) name the list, the position and the value.
     """
     same_lengths("gather_rows", src=src, idx=idx, scale=scale, dim=dim)
@@ -56,6 +58,9 @@ def scatter_rows(
     Returns out[i] (grad's shape with F along dim[i], in the memory order of weight[i] if given, else of grad[i]):
     out[idx[k]] = scale[k] · grad[k]; and dot[i] (K,) float32 = ⟨grad[k], weight[idx[k]]⟩ (without the scale),
     empty without a weight. Not differentiable. Errors (RuntimeError) name the list, the position and the value.
+    Workspace: 4 (F + 2 K) bytes; where units lie along the contiguous axis (dim 1 of a row-major matrix) F / 8 more, a
+    scale (F,), and with a weight ceil(D / 64) · F sums of dot's dtype; 5 KB per thread; a copy of what is contiguous
+    along neither axis.
     """
     same_lengths("scatter_rows", grad=grad, idx=idx, scale=scale, dim=dim, size=size, weight=weight)
     absent = _absent(grad)

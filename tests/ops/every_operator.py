@@ -18,12 +18,17 @@ from ppnet import ops
 
 ROWS, WIDTH, KEPT = 4096, 1024, 2048  # units, features, kept units
 TOKENS = 256
+SCRATCHPAD = 1 << 20  # bytes, of oneDNN's products: the one allowance that is measured and not derived
+
+
+def threads() -> int:
+    return torch.get_num_threads()
 
 
 @dataclass
 class Call:
     run: Callable[[], Any]
-    workspace: int = 0  # bytes that its documentation allows beside the outputs
+    workspace: float = 0  # bytes: what its docstring says, beside the outputs
     across_threads: bool = True  # the same bits whatever the number of threads
 
 
@@ -40,18 +45,18 @@ def rows_calls() -> dict[str, Call]:
     both, twice = [weight, wide], [idx, idx]
     grad = [randn(KEPT, WIDTH), randn(WIDTH, KEPT)]
     norm = [n.detach() for n in ops.row_norms(both, [scale[:WIDTH]] * 2, [0, 1])]
-    # A pass reads what it needs of idx and scale into arrays of its own, and a sum of columns one row of sums per block
-    # of rows: in float32, of every 64 rows of the dots, of at most 64 for the norms.
-    index, dots = 2 * 16 * ROWS, 4 * ROWS * WIDTH // 64
+    # Of the weights the first has its units along the rows, the second along the contiguous axis.
+    gather = 2 * 4 * KEPT + ROWS / 8 + threads() * 5000
+    scatter = 2 * 4 * (ROWS + 2 * KEPT) + ROWS / 8 + 4 * ROWS + 4 * ROWS * WIDTH / 64 + threads() * 5000
     return {
-        "gather_rows": Call(lambda: ops.gather_rows(both, twice, [scale, None], [0, 1]), index),
+        "gather_rows": Call(lambda: ops.gather_rows(both, twice, [scale, None], [0, 1]), gather),
         "scatter_rows": Call(
-            lambda: ops.scatter_rows(grad, twice, [scale, scale], [0, 1], [ROWS, ROWS], both), index + dots
+            lambda: ops.scatter_rows(grad, twice, [scale, scale], [0, 1], [ROWS, ROWS], both), scatter
         ),
-        "row_norms": Call(lambda: ops.row_norms(both, [scale[:WIDTH]] * 2, [0, 1]), 4 * ROWS * 64),
+        "row_norms": Call(lambda: ops.row_norms(both, [scale[:WIDTH]] * 2, [0, 1]), 4 * ROWS * WIDTH / 256),
         "row_norms_backward": Call(
             lambda: torch.ops.ppnet.row_norms_backward(norm, norm, both, [scale[:WIDTH]] * 2, [0, 1], True, True),
-            4 * ROWS * 64 + index,
+            2 * 4 * (ROWS + WIDTH) + 4 * ROWS / 256 * WIDTH,
         ),
     }
 
@@ -66,18 +71,19 @@ def mlp_calls() -> dict[str, Call]:
         y = ops.gated_mlp(*trained, idx=idx, z=z[:KEPT])
         return torch.autograd.grad(y, trained, x)
 
-    scratchpad = 1 << 20  # of oneDNN
-    matrix, activations = 4 * KEPT * WIDTH, 4 * TOKENS * KEPT
+    matrix, activations, index = 4 * KEPT * WIDTH, 4 * TOKENS * KEPT, 3 * 4 * KEPT
+    # While the last gradient is made: u and g, h, the gradient of one weight's kept rows; and y, which is autograd's.
+    backward = 3 * activations + matrix + 4 * TOKENS * WIDTH + 4 * (ROWS + 2 * KEPT) + threads() * 5000
     return {
         "gated_act": Call(lambda: ops.gated_act(u, g, z)),
-        "gated_act_backward": Call(lambda: ops.gated_act_backward(u, u, g, z, "silu"), 4 * ROWS * 4 * TOKENS // 32),
-        # The gathered weights, u, g and h; oneDNN's scratchpad.
-        "gated_mlp": Call(lambda: ops.gated_mlp(x, **weights), 3 * matrix + 3 * activations + scratchpad, False),
-        # Of the full gradients the last one is still gathered: u, g, du or h, and y.
-        "gated_mlp_backward": Call(
-            train, matrix + 5 * activations + 2 * 4 * TOKENS * WIDTH + scratchpad, across_threads=False
+        "gated_act_backward": Call(lambda: ops.gated_act_backward(u, u, g, z, "silu"), 4 * ROWS * 4 * TOKENS / 32),
+        "gated_mlp": Call(
+            lambda: ops.gated_mlp(x, **weights),
+            3 * matrix + 3 * activations + index + threads() * 5000 + SCRATCHPAD,
+            False,
         ),
-        "linear": Call(lambda: ops.linear(x, up), scratchpad, across_threads=False),
+        "gated_mlp_backward": Call(train, backward + SCRATCHPAD, across_threads=False),
+        "linear": Call(lambda: ops.linear(x, up), SCRATCHPAD, across_threads=False),
     }
 
 
@@ -87,21 +93,69 @@ def decode_calls() -> dict[str, Call]:
     idx, z, h = kept(), randn(KEPT), randn(tokens, KEPT, dtype=dtype)
     query = randn(2, 32, tokens, 128, dtype=dtype)
     key, value = randn(2, 8, 1000, 128, dtype=dtype), randn(2, 8, 1000, 128, dtype=dtype)
-    attention = 4 * 2 * 32 * tokens * math.ceil(1000 / 256) * (128 + 2) + torch.get_num_threads() * (1 << 17)
+
+    def padded(width: int) -> int:  # a token in its dtype and in float32
+        return (2 + 4) * tokens * (width + 64)
+
+    sums = 32 * 4 * tokens * (WIDTH + 64)
+    attention = 4 * 2 * 32 * tokens * 2 * (128 + 2) + threads() * (72 * 1024 + 4 * (32 // 8) * tokens * (128 + 512))
     return {
-        "linear_decode": Call(lambda: ops.linear_decode(x, up, idx=idx), 6 * tokens * WIDTH),
-        "linear_t_decode": Call(
-            lambda: ops.linear_t_decode(h, down, idx=idx, z=z), 4 * 32 * tokens * WIDTH + 6 * tokens * KEPT
-        ),
-        "gated_mlp_decode": Call(
-            lambda: ops.gated_mlp_decode(x, up, down, gate, idx=idx, z=z), 4 * 32 * tokens * WIDTH + 6 * tokens * WIDTH
-        ),
+        "linear_decode": Call(lambda: ops.linear_decode(x, up, idx=idx), padded(WIDTH)),
+        "linear_t_decode": Call(lambda: ops.linear_t_decode(h, down, idx=idx, z=z), padded(KEPT) + sums),
+        "gated_mlp_decode": Call(lambda: ops.gated_mlp_decode(x, up, down, gate, idx=idx, z=z), padded(WIDTH) + sums),
         "gated_attention_decode": Call(lambda: ops.gated_attention_decode(query, key, value), attention),
     }
 
 
+def attention_calls() -> dict[str, Call]:
+    """In bfloat16, on the path that the processor gets, and in float32, which is torch's flash attention everywhere."""
+    heads, kv_heads, tokens, width = 8, 4, 512, 64
+    mask, gate = randn(tokens, tokens) > -1, randn(kv_heads)
+
+    def trained(dtype: torch.dtype) -> list[Tensor]:
+        shapes = [(1, n, tokens, width) for n in (heads, kv_heads, kv_heads)]
+        return [randn(*shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+    half, full = trained(torch.bfloat16), trained(torch.float32)
+
+    def train(leaves: list[Tensor]) -> Any:
+        y = ops.gated_attention(*leaves, is_causal=True)
+        return torch.autograd.grad(y, leaves, leaves[0].detach())
+
+    def call(leaves: list[Tensor], **rules: Any) -> Any:
+        with torch.no_grad():
+            return ops.gated_attention(*leaves, **rules)
+
+    def flash(blocks: int) -> int:
+        return threads() * blocks * 4 * 256 * (512 + 2 + width)
+
+    queries, keys, lse = heads * tokens * width, kv_heads * tokens * width, 4 * heads * tokens
+    gemm, rule = 2 * heads * 256 * tokens, 2 * 256 * tokens  # a block of scores; a causal rule within it
+    scores = tokens * tokens
+    return {
+        "gated_attention": Call(
+            lambda: call(half, is_causal=True), max(2 * gemm + 2 * queries + rule, flash(1)) + lse + SCRATCHPAD, False
+        ),
+        # Beside the workspace the output, which is autograd's.
+        "gated_attention_backward": Call(
+            lambda: train(half),
+            max(3 * gemm + 2 * 2 * queries + 3 * 4 * keys + rule, flash(2) + 2 * (queries + 2 * keys))
+            + 2 * queries
+            + lse
+            + SCRATCHPAD,
+            False,
+        ),
+        "gated_attention float32": Call(
+            lambda: call(full, mask=mask, gate=gate), 3 * 4 * keys + (4 + 3) * scores + flash(1) + lse, False
+        ),
+        "gated_attention_backward float32": Call(
+            lambda: train(full), 4 * (queries + 2 * keys) + flash(2) + 4 * queries + 2 * lse, False
+        ),
+    }
+
+
 def calls() -> dict[str, Call]:
-    return {**rows_calls(), **mlp_calls(), **decode_calls()}
+    return {**rows_calls(), **mlp_calls(), **decode_calls(), **attention_calls()}
 
 
 def flat(result: Any) -> list[Tensor]:
@@ -122,7 +176,7 @@ def resident(what: str) -> int:
     return int(found[1]) * 1024
 
 
-def rise(call: Call) -> dict[str, int]:
+def rise(call: Call) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     result = call.run()
@@ -134,7 +188,7 @@ def rise(call: Call) -> dict[str, int]:
 
 def main() -> None:
     # Code pages, threads' stacks, oneDNN's primitives; not the decode operators, which keep their working memory.
-    for call in (rows_calls() | mlp_calls()).values():
+    for call in (rows_calls() | mlp_calls() | attention_calls()).values():
         call.run()
     print(json.dumps({name: rise(call) for name, call in calls().items()}))
 
