@@ -29,6 +29,8 @@ def gated_act(up: Tensor, gate: Tensor | None = None, z: Tensor | None = None, a
     up, gate: (..., K) of one float32, bfloat16, float16 or float64; rows may be strided (halves of one GEMM's output),
         other layouts cost a copy. z: (K,) float32 (float64 for a float64 up), or None for 1.
     act: "silu", "gelu" (erf), "gelu_tanh", "relu" or "relu2" (relu squared).
+    act of infinity is infinity (torch's oneDNN kernel of gelu gives NaN); of -infinity 0 for relu and relu2, and
+        infinity times 0 = NaN for the others, as in torch; of NaN it is NaN.
     Computed in float32 (float64 for float64) and rounded once. Differentiable once in up, gate and z; only the inputs
     are kept for that. Errors (RuntimeError) name the argument and its value.
     """
@@ -50,7 +52,8 @@ def gated_act_backward(
     dh, up, gate: (..., K) of one dtype. dz: (K,) of z's dtype; it is that of z = 1 where z is None.
     dz[k] = Σ_t dh · act · up is summed over blocks of 32 rows and then over the blocks in a fixed tree, whatever the
     number of threads; its terms have a relative error of 1e-5 for 16-bit inputs. Workspace: ceil(T / 32) · K elements
-    of dz's dtype, T being the rows of K. Not differentiable.
+    of dz's dtype, T being the rows of K. Not differentiable. relu's slope at NaN is NaN, in torch 1; where it is 0, NaN
+    and infinity times it are NaN, where torch selects 0.
     """
     return torch.ops.ppnet.gated_act_backward(dh, up, gate, z, act, need_up, need_gate, need_z)
 

@@ -35,6 +35,9 @@ class Case:
     exact: Callable[[int], bool] = lambda output: False  # outputs that must be equal bit for bit
     magnitude: Callable[..., Any] | None = None  # of the sums, as the reference gives its results
     rounds_between: bool = False  # what is between its products is rounded to the dtype, as in the reference
+    underflows: bool = (
+        False  # what underflows between its products may meet infinity: NaN, or infinity, according to it
+    )
     is_torchs: bool = False  # torch's function but for the kernel: its errors, and whatever it does with meta tensors
     operators: tuple[str, ...] = ()  # others that may be named in an error: those it is composed of
     indices: dict[str, list[int]] = field(default_factory=dict)  # what the indices count, by argument
@@ -204,7 +207,7 @@ def attempt(case: Case, spoiled: bool) -> None:
         if size is not None:
             # Where terms are equal, as in expanded tensors, every rounding of their sum goes the same way.
             size = 8 * size * (EPSILON.get(o.dtype, 0) / EPSILON[torch.float32] if case.rounds_between else 1)
-        assert_same(o, r, None if case.exact(i) else exact[i], size)
+        assert_same(o, r, None if case.exact(i) else exact[i], size, case.underflows)
 
 
 def assert_useful(case: Case, message: str) -> None:
@@ -217,12 +220,14 @@ def assert_useful(case: Case, message: str) -> None:
     assert any(re.search(rf"\b{name}\b", message) for name in case.arguments), f"names no argument: {message}"
 
 
-def assert_same(ours: Tensor, own: Tensor, exact: Tensor | None, magnitude: Tensor | None) -> None:
+def assert_same(ours: Tensor, own: Tensor, exact: Tensor | None, magnitude: Tensor | None, underflows: bool) -> None:
     """Equal where exactness is due, else as near to float64 as torch's own; NaN and infinity in the same places."""
     if exact is None:
         torch.testing.assert_close(ours, own, rtol=0, atol=0, equal_nan=True)
         return
     kinds = [kind(ours), kind(own), kind(exact.to(ours.dtype))]
+    if underflows:
+        kinds = [(k != 0).int() for k in kinds]
     # What overflows on the way in one of the references need not in the other.
     assert ((kinds[0] == kinds[1]) | (kinds[0] == kinds[2])).all(), (ours, own, exact)
     finite = (kinds[0] == 0) & (kinds[1] == 0) & exact.isfinite()

@@ -115,7 +115,6 @@ def act_size(up, gate=None, z=None, act="silu"):
 
 
 def gated_act_arguments(inputs, acts=ACTS):
-    inputs.infinite = False  # an activation of -infinity is its limit 0 here, and in torch that or NaN
     act = inputs.pick(acts)
     shape, dtype = (*leading(inputs), inputs.size()), inputs.pick(FLOATING)
     return {
@@ -186,7 +185,6 @@ def mlp_size(x, up, down, gate=None, *, up_bias, gate_bias, down_bias, idx, z, a
 
 
 def gated_mlp(inputs):
-    inputs.infinite = False
     dtype, f, d = inputs.pick(FLOATING), inputs.size(), inputs.size()
     arguments = {"x": inputs.floating((*leading(inputs), d), dtype)} | mlp_arguments(inputs, dtype, f, d, LAYOUTS, True)
     composed = ("gated_act", "gather_rows")
@@ -196,6 +194,7 @@ def gated_mlp(inputs):
         ops.gated_mlp_ref,
         arguments,
         magnitude=mlp_size,
+        underflows=True,
         operators=composed,
         rounds_between=True,
         indices={"idx": [f]},
@@ -203,7 +202,6 @@ def gated_mlp(inputs):
 
 
 def gated_mlp_decode(inputs):
-    inputs.infinite = False
     dtype, f, d = inputs.pick(HALF_OR_FLOAT), inputs.size(), inputs.size()
     arguments = {"x": inputs.floating((inputs.size(8), d), dtype)}
     arguments |= mlp_arguments(inputs, dtype, f, d, ROW_LAYOUTS, False)
@@ -213,6 +211,7 @@ def gated_mlp_decode(inputs):
         ops.gated_mlp_decode_ref,
         arguments,
         magnitude=mlp_size,
+        underflows=True,
         indices={"idx": [f]},
     )
 

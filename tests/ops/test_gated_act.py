@@ -61,6 +61,23 @@ def assert_no_worse(result, torchs, exact, dtype, scale=0.0):
     assert (error <= bar).all(), ((error - bar).max().item(), error.max().item())
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from switching oneDNN off
+def test_infinities_and_nan(act, dtype, isa):
+    """As torch has them; its oneDNN kernel of gelu gives NaN for infinity."""
+    at_minus = 0.0 if act.startswith("relu") else torch.nan
+    special = {torch.inf: torch.inf, -torch.inf: at_minus, torch.nan: torch.nan}
+    x = torch.tensor(list(special) * 23)[:67].to(dtype)  # whole vectors and a part of one
+    expected = torch.tensor(list(special.values()) * 23)[:67].to(dtype)
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.testing.assert_close(torch_act(x, act), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(gated_act(x, act=act), expected, rtol=0, atol=0, equal_nan=True)
+    gated = gated_act(torch.full_like(x, 2.0), x, act=act)
+    if isa != "torch":
+        torch.testing.assert_close(gated, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("rows, k", [(1, 1), (3, 7), (70, 172), (5, 2100)])
