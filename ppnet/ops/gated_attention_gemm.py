@@ -85,7 +85,7 @@ class _Blocks:
         scores = self.product(0, rows, by_key, self.scale)
         self._mask_(scores.view(self.kv_heads, self.heads // self.kv_heads, -1, scores.shape[-1]), queries, keys)
         alone = None  # rows that attend to nothing
-        if self.mask is not None or self.tokens > self.keys:
+        if self.mask is not None or (self.is_causal and self.tokens > self.keys):
             alone = scores.amax(-1, keepdim=True) == -torch.inf
         # In place: the kernel reads a row before it writes it, and half of the cache is saved.
         weights = torch._softmax(scores, -1, False, out=scores)
