@@ -4,6 +4,10 @@
 #include <cstring>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace ppnet {
 namespace {
 
@@ -27,8 +31,17 @@ Workspace Workspace::of_this_thread(int64_t bytes) {
     memory.reset(static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})));
     size = bytes;
   }
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(memory.get(), static_cast<size_t>(size));
+#endif
   return Workspace(memory.get());
 }
+
+#if defined(__SANITIZE_ADDRESS__)
+void Workspace::allow(void* taken, int64_t bytes) {
+  ASAN_UNPOISON_MEMORY_REGION(taken, static_cast<size_t>(bytes));
+}
+#endif
 
 void check_rows(const char* op, const char* name, const Tensor& weight, ScalarType dtype) {
   check_cpu(op, name, weight);

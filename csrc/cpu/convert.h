@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "sanitize.h"
+
 namespace {
 
 struct bf16_t {
