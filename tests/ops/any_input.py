@@ -16,12 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF_OR_FLOAT = FLOATING[:3]
 OTHER_DTYPES = (*FLOATING, torch.int64, torch.int32, torch.bool, torch.complex64)
 SPECIAL = torch.tensor([torch.nan, 0.0, -0.0, torch.inf, -torch.inf])
 LAYOUTS = ("contiguous", "misaligned", "sliced", "stepped", "transposed", "expanded")
 # What operators read in place where rows must be contiguous.
 ROW_LAYOUTS = ("contiguous", "misaligned", "rows apart")
 SIZES = st.sampled_from([0, 1, 2, 3, 7]) | st.integers(1, 70)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass
@@ -199,8 +204,8 @@ def attempt(case: Case, spoiled: bool) -> None:
     assert len(ours) == len(own)
     exact = magnitude = [None] * len(own)
     if not all(case.exact(i) for i in range(len(own))):
-        wide = {name: map_tensors(value, torch.Tensor.double) for name, value in case.arguments.items()}
-        exact = flat(case.reference(**wide))
+        widened = {name: map_tensors(value, torch.Tensor.double) for name, value in case.arguments.items()}
+        exact = flat(case.reference(**widened))
         if case.magnitude is not None:
             sizes = {name: map_tensors(value, lambda t: t.double().abs()) for name, value in case.arguments.items()}
             magnitude = flat(case.magnitude(**sizes))
