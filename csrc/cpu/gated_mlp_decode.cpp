@@ -39,7 +39,8 @@ inline int64_t neuron(const MlpDecode& job, int64_t k) {
 
 // The rows of the neurons of a block from k on, and the up and gate rows of the next block.
 struct Block {
-  Block(const MlpDecode& job, int64_t k, int64_t end) : count(static_cast<int>(end - k < kBlockRows ? end - k : kBlockRows)) {
+  Block(const MlpDecode& job, int64_t k, int64_t end)
+      : count(static_cast<int>(end - k < kBlockRows ? end - k : kBlockRows)) {
     for (int b = 0; b < count; ++b) {
       f[b] = neuron(job, k + b);
       up[b] = job.up + f[b] * job.up_stride;
@@ -71,14 +72,14 @@ void add_bias(const char* bias, const Block& block, float* h) {
 // h[b * T + t] of a block's neurons; meanwhile their down rows are fetched, half of them with either matrix.
 template <int T, bool kGlu, class W>
 void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) {
-  const Tokens<W> x{reinterpret_cast<const W*>(job.x), job.wide, token_stride(job.width)};
+  const auto* x = reinterpret_cast<const Factor<W>*>(job.x);
   Ahead down{block.down, block.count, job.width * static_cast<int64_t>(sizeof(W))};
   float gate[kBlockRows * T];
   if (kGlu) {
-    dots<T, true>(typed<W>(block.gate), block.count, x, job.width, down, gate);
-    dots<T, true>(typed<W>(block.up), block.count, x, job.width, down, h);
+    dots<T, true, W>(typed<W>(block.gate), block.count, x, job.width, down, gate);
+    dots<T, true, W>(typed<W>(block.up), block.count, x, job.width, down, h);
   } else {
-    dots<T, false>(typed<W>(block.up), block.count, x, job.width, down, h);
+    dots<T, false, W>(typed<W>(block.up), block.count, x, job.width, down, h);
   }
   add_bias<T, W>(job.up_bias, block, h);
   if (kGlu) add_bias<T, W>(job.gate_bias, block, gate);
@@ -89,7 +90,7 @@ void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) 
 
 template <int T, bool kGlu, class W>
 void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  const int64_t stride = token_stride(job.width), size = T * stride;
+  const int64_t size = chunk_size(T, job.width);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     float* y = job.partial + chunk * size;
     memset(y, 0, static_cast<size_t>(size) * sizeof(float));
@@ -99,37 +100,21 @@ void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
       float h[kBlockRows * T];
       activations<T, kGlu, W>(job, block, k, h);
       Ahead next{block.ahead, kGlu ? 2 * block.count : block.count, job.width * static_cast<int64_t>(sizeof(W))};
-      sums<T, kGlu ? 2 : 1>(typed<W>(block.down), block.count, h, y, stride, job.width, next);
+      sums<T, kGlu ? 2 : 1>(typed<W>(block.down), block.count, h, y, job.width, next);
     }
-  }
-}
-
-template <int T, class W>
-void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  if (job.gate)
-    chunks<T, true, W>(job, begin, end);
-  else
-    chunks<T, false, W>(job, begin, end);
-}
-
-template <class W>
-void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  switch (padded_tokens(job.tokens)) {
-    case 1: return chunks<1, W>(job, begin, end);
-    case 2: return chunks<2, W>(job, begin, end);
-    case 4: return chunks<4, W>(job, begin, end);
-    default: return chunks<8, W>(job, begin, end);
   }
 }
 
 }  // namespace
 
 void mlp_chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  switch (job.dtype) {
-    case Dtype::bf16: return chunks<bf16_t>(job, begin, end);
-    case Dtype::f16: return chunks<f16_t>(job, begin, end);
-    default: return chunks<float>(job, begin, end);
-  }
+  with_kind(job.dtype, job.tokens, [&](auto kind) {
+    using K = decltype(kind);
+    if (job.gate)
+      chunks<K::kTokens, true, typename K::Element>(job, begin, end);
+    else
+      chunks<K::kTokens, false, typename K::Element>(job, begin, end);
+  });
 }
 
 }  // namespace PPNET_ISA
