@@ -37,7 +37,7 @@ void outputs(const LinearDecode& job, int64_t begin, int64_t end) {
     const Block<W> block(job, k, end);
     float out[kBlockRows * T];
     Ahead next{block.ahead, block.count, job.width * static_cast<int64_t>(sizeof(W))};
-    dots<T, false, W>(block.rows, block.count, x, job.width, next, out);
+    dots<T>(block.rows, block.count, x, job.width, next, out);
     for (int r = 0; r < block.count; ++r) {
       const float offset = bias ? widen(bias[job.idx ? job.idx[k + r] : k + r]) : 0.0f;
       for (int t = 0; t < T && t < job.tokens; ++t) narrow(out[r * T + t] + offset, y[t * job.kept + k + r]);
@@ -55,7 +55,7 @@ void inputs(const LinearDecode& job, int64_t begin, int64_t end) {
     for (int64_t k = chunk_start(job.kept, job.chunks, chunk); k < stop; k += kBlockRows) {
       const Block<W> block(job, k, stop);
       Ahead next{block.ahead, block.count, job.width * static_cast<int64_t>(sizeof(W))};
-      sums<T, 1>(block.rows, block.count, job.factors + k * T, y, job.width, next);
+      sums<T>(block.rows, block.count, job.factors + k * T, y, job.width, next);
     }
   }
 }

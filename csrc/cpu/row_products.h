@@ -69,7 +69,7 @@ using Factor = typename FactorOf<W>::type;
 // Where column d of the first of some tokens lies; the next token's is kGroup further.
 inline constexpr int64_t grouped_at(int64_t d, int64_t tokens) { return d / kGroup * kGroup * tokens + d % kGroup; }
 
-// Rows to fetch, a few cache lines with every step of the work.
+// Rows to fetch: as many cache lines with every step of the work as it reads.
 struct Ahead {
   const char* const* rows;
   int count;
@@ -153,10 +153,10 @@ inline void dot_group(vfloat (&acc)[R][T], const bf16_t* const* rows, const bf16
 }
 #endif
 
-// Columns [begin, end) of R rows. As many lines are fetched as are read (kHalf: half as many). With many tokens the rows
-// that come next, `soon`, are brought into the L1 cache as well.
-template <int T, int R, bool kHalf, class W>
-inline void dot_rows(vfloat* sums, const W* const* rows, const Factor<W>* x, int64_t begin, int64_t end, const W* const* soon,
+// Columns [begin, end) of R rows. With many tokens the rows that come next, `soon_rows` from column `soon_from` on, are
+// brought into the L1 cache.
+template <int T, int R, class W>
+inline void dot_rows(vfloat* sums, const W* const* rows, const Factor<W>* x, int64_t begin, int64_t end, const W* const* soon_rows,
                      int64_t soon_from, Ahead& ahead) {
   constexpr int64_t kStep = 2 * kLineBytes / static_cast<int64_t>(sizeof(W));
   vfloat acc[R][T];
@@ -164,11 +164,10 @@ inline void dot_rows(vfloat* sums, const W* const* rows, const Factor<W>* x, int
   for (int i = 0; i < R * T; ++i) acc[i / T][i % T] = sums[i];
   int64_t d = begin;
   for (; d + kStep <= end; d += kStep) {
-    ahead.fetch<kHalf ? R : 2 * R>();
+    ahead.fetch<2 * R>();
     if (T >= 4) {
       PPNET_UNROLL
-      for (int i = 0; i < 2 * R; ++i)
-        __builtin_prefetch(reinterpret_cast<const char*>(soon[i / 2] + soon_from + d - begin) + i % 2 * kLineBytes);
+      for (int r = 0; r < R; ++r) soon<2>(soon_rows[r] + soon_from + d - begin);
     }
     PPNET_UNROLL
     for (int64_t i = 0; i < kStep; i += kGroup) dot_group<T, R, false>(acc, rows, x, d + i, kGroup);
@@ -179,7 +178,7 @@ inline void dot_rows(vfloat* sums, const W* const* rows, const Factor<W>* x, int
 }
 
 // out[r * T + t] = <rows[r], x[t]> for r < count <= kBlockRows.
-template <int T, bool kHalf, class W>
+template <int T, class W>
 void dots(const W* const* rows, int count, const Factor<W>* x, int64_t width, Ahead& ahead, float* out) {
   constexpr int R = kDotRows<T>;
   constexpr int64_t kTile = kDotTile<T, W>;
@@ -190,9 +189,9 @@ void dots(const W* const* rows, int count, const Factor<W>* x, int64_t width, Ah
     int r = 0;
     for (; r + R <= count; r += R) {
       const bool more = r + 2 * R <= count;
-      dot_rows<T, R, kHalf>(total + r * T, rows + r, x, begin, end, more ? rows + r + R : rows, more ? begin : end, ahead);
+      dot_rows<T, R>(total + r * T, rows + r, x, begin, end, more ? rows + r + R : rows, more ? begin : end, ahead);
     }
-    for (; r < count; ++r) dot_rows<T, 1, kHalf>(total + r * T, rows + r, x, begin, end, rows + r, end, ahead);
+    for (; r < count; ++r) dot_rows<T, 1>(total + r * T, rows + r, x, begin, end, rows + r, end, ahead);
   }
   for (int i = 0; i < count * T; i += kLanes)
     store(out + i, sum_each(total + i), count * T - i < kLanes ? count * T - i : kLanes);
@@ -202,11 +201,11 @@ void dots(const W* const* rows, int count, const Factor<W>* x, int64_t width, Ah
 
 constexpr int kSumRows = 8;
 
-// y[t] += sum over r of a[r * T + t] * rows[r] for r < kSumRows. N lines are fetched per line read.
-template <int T, int N, class W>
+// y[t] += sum over r of a[r * T + t] * rows[r] for r < kSumRows.
+template <int T, class W>
 void sum_rows(const W* const* rows, const float* a, float* y, int64_t width, Ahead& ahead) {
   constexpr int V = 2;
-  constexpr int kLines = N * kSumRows * V * kLanes * static_cast<int>(sizeof(W)) / kLineBytes;
+  constexpr int kLines = kSumRows * V * kLanes * static_cast<int>(sizeof(W)) / kLineBytes;
   const auto step = [&](int64_t d, int64_t n) {
     vfloat acc[T][V];
     PPNET_UNROLL
@@ -259,7 +258,7 @@ void pair_factors(const float* a, int count, int32_t* factors) {
     }
 }
 
-template <int T, int N>
+template <int T>
 void sum_rows(const bf16_t* const* rows, const float* a, float* y, int64_t width, Ahead& ahead) {
   int32_t factors[kSumRows / 2 * T];
   pair_factors<T>(a, kSumRows, factors);
@@ -284,7 +283,7 @@ void sum_rows(const bf16_t* const* rows, const float* a, float* y, int64_t width
   int64_t d = 0;
   for (; d + kGroup <= width; d += kGroup) {
     PPNET_UNROLL
-    for (int i = 0; i < N * kSumRows; i += 4) ahead.fetch<4>();
+    for (int i = 0; i < kSumRows; i += 4) ahead.fetch<4>();
     step(d, ~__mmask32{0});
   }
   if (d < width) step(d, _bzhi_u32(~0u, static_cast<unsigned>(width - d)));
@@ -298,8 +297,8 @@ template <int T>
 constexpr int kSumVectors = kLanes == 16 ? (T == 1 ? 8 : T == 8 ? 2 : 4) : (T <= 2 ? 4 : T == 4 ? 2 : 1);
 
 // y[t] += sum over r of a[r * T + t] * rows[r], for r < count and t < T, in V vectors of columns
-// from d on; the last vector has `last` elements. N lines are fetched per line read.
-template <int T, int V, int N, class W>
+// from d on; the last vector has `last` elements.
+template <int T, int V, class W>
 inline void sum_tile(const W* const* rows, int count, const float* a, float* y, int64_t d, int64_t last, Ahead& ahead) {
   constexpr int kLines = (V * kLanes * static_cast<int>(sizeof(W)) + kLineBytes - 1) / kLineBytes;
   vfloat acc[T][V];
@@ -307,8 +306,7 @@ inline void sum_tile(const W* const* rows, int count, const float* a, float* y, 
   PPNET_UNROLL
   for (int i = 0; i < T * V; ++i) acc[i / V][i % V] = load(y + i / V * kGroup + grouped_at(i % V * kLanes, T));
   for (int r = 0; r < count; ++r) {
-    PPNET_UNROLL
-    for (int n = 0; n < N; ++n) ahead.fetch<kLines>();
+    ahead.fetch<kLines>();
     vfloat w[V];
     PPNET_UNROLL
     for (int v = 0; v < V; ++v) {
@@ -328,18 +326,18 @@ inline void sum_tile(const W* const* rows, int count, const float* a, float* y, 
 }
 
 // The same over all columns.
-template <int T, int N, class W>
+template <int T, class W>
 void sum_tiles(const W* const* rows, int count, const float* a, float* y, int64_t width, Ahead& ahead) {
   constexpr int64_t kTile = kSumVectors<T> * kLanes;
   int64_t d = 0;
-  for (; d + kTile <= width; d += kTile) sum_tile<T, kSumVectors<T>, N>(rows, count, a, y, d, kLanes, ahead);
+  for (; d + kTile <= width; d += kTile) sum_tile<T, kSumVectors<T>>(rows, count, a, y, d, kLanes, ahead);
   for (; d < width; d += kLanes)
-    sum_tile<T, 1, N>(rows, count, a, y, d, width - d < kLanes ? width - d : kLanes, ahead);
+    sum_tile<T, 1>(rows, count, a, y, d, width - d < kLanes ? width - d : kLanes, ahead);
 }
 
 #if defined(__AVX512BF16__)
 // V is even.
-template <int T, int V, int N>
+template <int T, int V>
 inline void pair_tile(const bf16_t* const* rows, int count, const int32_t* factors, float* y, int64_t d, Ahead& ahead) {
   constexpr int kLines = V * kLanes * 2 / kLineBytes;
   vfloat acc[T][V];
@@ -348,8 +346,7 @@ inline void pair_tile(const bf16_t* const* rows, int count, const int32_t* facto
   for (int i = 0; i < T * V; ++i) acc[i / V][i % V] = load(y + i / V * kGroup + grouped_at(i % V * kLanes, T));
   for (int r = 0; r < count; r += 2) {
     const bool two = r + 1 < count;
-    PPNET_UNROLL
-    for (int n = 0; n < 2 * N; ++n) ahead.fetch<kLines>();
+    ahead.fetch<2 * kLines>();
     __m512bh pairs[V];
     PPNET_UNROLL
     for (int v = 0; v < V; v += 2) {
@@ -372,25 +369,25 @@ inline void pair_tile(const bf16_t* const* rows, int count, const int32_t* facto
   for (int i = 0; i < T * V; ++i) store(y + i / V * kGroup + grouped_at(i % V * kLanes, T), acc[i / V][i % V]);
 }
 
-template <int T, int N>
+template <int T>
 void sum_tiles(const bf16_t* const* rows, int count, const float* a, float* y, int64_t width, Ahead& ahead) {
   constexpr int64_t kTile = kSumVectors<T> * kLanes;
   int32_t factors[kBlockRows / 2 * T];
   pair_factors<T>(a, count, factors);
   int64_t d = 0;
-  for (; d + kTile <= width; d += kTile) pair_tile<T, kSumVectors<T>, N>(rows, count, factors, y, d, ahead);
+  for (; d + kTile <= width; d += kTile) pair_tile<T, kSumVectors<T>>(rows, count, factors, y, d, ahead);
   for (; d < width; d += kLanes)
-    sum_tile<T, 1, N>(rows, count, a, y, d, width - d < kLanes ? width - d : kLanes, ahead);
+    sum_tile<T, 1>(rows, count, a, y, d, width - d < kLanes ? width - d : kLanes, ahead);
 }
 #endif
 
-// y[t] += sum over r of a[r * T + t] * rows[r], for r < count <= kBlockRows. N lines are fetched per line read.
-template <int T, int N, class W>
+// y[t] += sum over r of a[r * T + t] * rows[r], for r < count <= kBlockRows.
+template <int T, class W>
 void sums(const W* const* rows, int count, const float* a, float* y, int64_t width, Ahead& ahead) {
   int r = 0;
   if constexpr (T <= 2)
-    for (; r + kSumRows <= count; r += kSumRows) sum_rows<T, N>(rows + r, a + r * T, y, width, ahead);
-  if (r < count) sum_tiles<T, N>(rows + r, count - r, a + r * T, y, width, ahead);
+    for (; r + kSumRows <= count; r += kSumRows) sum_rows<T>(rows + r, a + r * T, y, width, ahead);
+  if (r < count) sum_tiles<T>(rows + r, count - r, a + r * T, y, width, ahead);
 }
 
 }  // namespace
