@@ -14,8 +14,8 @@ namespace ppnet {
 
 using Optional = std::optional<Tensor>;
 
-// Memory that the calling thread keeps between calls, so that a decoding step does not wait for fresh pages. It grows to
-// what the largest call needed; the operators say how much that is.
+// Memory that the calling thread keeps between calls, so that a decoding step does not wait for fresh pages. It grows
+// to what the largest call needed; the operators say how much that is.
 class Workspace {
  public:
   // Room for a call, given up at the next one. Aligned to cache lines.
@@ -49,7 +49,8 @@ const float* check_factors(const char* op, const char* name, Optional& factors, 
 // x: (T, width) with 0 <= T <= kMostTokens, f32, bf16 or f16.
 void check_tokens(const char* op, const Tensor& x);
 
-// The tokens as the kernels read them, in working memory: x (T, width) in groups; (width, padded) factors, times the gate.
+// The tokens as the kernels read them, in working memory: x (T, width) in groups; (width, padded) factors, times the
+// gate.
 inline int64_t grouped_bytes(const Tensor& x) { return grouped_size(x.size(0), x.size(1)) * 4; }
 const char* grouped(Workspace& workspace, const Tensor& x);
 inline int64_t turned_bytes(const Tensor& x) { return padded_tokens(x.size(0)) * x.size(1) * 4; }
@@ -57,8 +58,8 @@ const float* turned(Workspace& workspace, const Tensor& x, const float* gate);
 
 // Threads that are worth waking to read this many bytes.
 int64_t threads_for(int64_t bytes);
-// body(i, i + 1) for every i of [0, n) on that many threads. Each goes through a share of its own, in order, because kernels
-// fetch ahead; then it helps the others: where another process holds a core, the rest go on.
+// body(i, i + 1) for every i of [0, n) on that many threads. Each goes through a share of its own, in order, because
+// kernels fetch ahead; then it helps the others: where another process holds a core, the rest go on.
 template <class Body>
 void take_turns(int64_t n, int64_t threads, const Body& body) {
   if (threads == 1) return body(0, n);

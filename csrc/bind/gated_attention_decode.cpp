@@ -28,7 +28,8 @@ void check_cache(const char* name, const Tensor& t, const Tensor& query) {
   check_cpu(kOp, name, t);
   expect_shape(kOp, name, t, {query.size(0), -1, -1, query.size(3)}, "(B, Hkv, S, Dh) with the B and Dh of query");
   STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1, kOp, ": ", name, " has stride ", t.stride(3),
-                  " along its last axis; it must be contiguous there (1), because a copy would cost more than the call");
+                  " along its last axis; it must be contiguous there (1), because a copy would cost more than the",
+                  " call");
   STD_TORCH_CHECK(t.size(2) < INT32_MAX, kOp, ": ", name, " has ", t.size(2), " positions; at most ", INT32_MAX - 1,
                   " are supported");
 }
@@ -122,7 +123,8 @@ Tensor empty_by_token(const Tensor& query) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 

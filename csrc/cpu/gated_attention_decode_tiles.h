@@ -1,5 +1,5 @@
-// The inner loops of gated_attention_decode: a tile of query rows against rows of keys, and weights against rows of values.
-// Included once, by gated_attention_decode.cpp: everything has internal linkage.
+// The inner loops of gated_attention_decode: a tile of query rows against rows of keys, and weights against rows of
+// values. Included once, by gated_attention_decode.cpp: everything has internal linkage.
 #pragma once
 
 #include "sum_each.h"
@@ -10,8 +10,9 @@
 
 namespace {
 
-// Rows are read two vectors of floats at a time. Which element lies in which lane is the type's choice, as long as queries,
-// keys and values agree: bf16 splits 32-bit words into even and odd elements, which costs one instruction per vector.
+// Rows are read two vectors of floats at a time. Which element lies in which lane is the type's choice, as long as
+// queries, keys and values agree: bf16 splits 32-bit words into even and odd elements, which costs one instruction per
+// vector.
 constexpr int64_t kPair = 2 * kLanes;
 struct Pair {
   vfloat a, b;
@@ -92,10 +93,11 @@ struct Rows {
   const T* at(int32_t position) const { return data + position * stride; }
 };
 
-// Dot products of kQueries queries with kLanes keys: to[i * to_stride + j]. `ahead`: elements to the row to prefetch, or 0.
+// Dot products of kQueries queries with kLanes keys: to[i * to_stride + j]. `ahead`: elements to the row to prefetch,
+// or 0.
 template <class T, int kQueries>
-void score_tile(const float* q, int64_t q_stride, const Rows<T>& keys, const int32_t* position, int64_t ahead, float* to,
-                int64_t to_stride) {
+void score_tile(const float* q, int64_t q_stride, const Rows<T>& keys, const int32_t* position, int64_t ahead,
+                float* to, int64_t to_stride) {
   constexpr int kKeys = kLanes / kQueries;
   using P = Product<T>;
   for (int first = 0; first < kLanes; first += kKeys) {

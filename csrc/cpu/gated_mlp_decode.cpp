@@ -37,8 +37,8 @@ inline int64_t neuron(const MlpDecode& job, int64_t k) {
   return job.idx ? job.idx[k] : k;
 }
 
-// The rows of the neurons of a block from k on, and what is fetched meanwhile: its down rows, as they are read last, and the
-// gate and up rows of the next block.
+// The rows of the neurons of a block from k on, and what is fetched meanwhile: its down rows, as they are read last,
+// and the gate and up rows of the next block.
 struct Block {
   Block(const MlpDecode& job, int64_t k, int64_t end)
       : count(static_cast<int>(end - k < kBlockRows ? end - k : kBlockRows)), matrices(job.gate ? 3 : 2) {

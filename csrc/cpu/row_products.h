@@ -3,10 +3,10 @@
 //   dots   out[r][t] = <row[r], x[t]>            rows that belong to outputs (q, k, v, gate, up)
 //   sums   y[t]     += sum_r a[r][t] row[r]      rows that belong to inputs (o and down, stored unit by unit)
 //
-// Blocks of kBlockRows rows are worked on together. Meanwhile the rows that come next are fetched into the second-level cache:
-// their addresses are known, and they lie anywhere in memory, where the hardware cannot guess them. They are fetched one
-// whole row after the other, whatever the order of the work: memory likes long runs.
-// x and y lie in groups of columns, see tokens.h. Included only by files of csrc/cpu: internal linkage throughout.
+// Blocks of kBlockRows rows are worked on together. Meanwhile the rows that come next are fetched into the second-level
+// cache: their addresses are known, and they lie anywhere in memory, where the hardware cannot guess them. They are
+// fetched one whole row after the other, whatever the order of the work: memory likes long runs. x and y lie in groups
+// of columns, see tokens.h. Included only by files of csrc/cpu: internal linkage throughout.
 #pragma once
 
 #include "sum_each.h"
@@ -96,7 +96,7 @@ inline void soon(const void* from) {
   for (int line = 0; line < kLines; ++line) __builtin_prefetch(static_cast<const char*>(from) + line * kLineBytes);
 }
 
-// ---- dots: kDotRows rows times T tokens are summed in registers; columns go in tiles whose tokens stay in the L1 cache ----
+// ---- dots: kDotRows rows times T tokens in registers; columns go in tiles whose tokens stay in the L1 cache ----------
 
 template <int T>
 constexpr int kDotRows = kLanes == 16 ? (T <= 4 ? 4 : 3) : T <= 2 ? 4 : T == 4 ? 2 : 1;
@@ -156,8 +156,8 @@ inline void dot_group(vfloat (&acc)[R][T], const bf16_t* const* rows, const bf16
 // Columns [begin, end) of R rows. With many tokens the rows that come next, `soon_rows` from column `soon_from` on, are
 // brought into the L1 cache.
 template <int T, int R, class W>
-inline void dot_rows(vfloat* sums, const W* const* rows, const Factor<W>* x, int64_t begin, int64_t end, const W* const* soon_rows,
-                     int64_t soon_from, Ahead& ahead) {
+inline void dot_rows(vfloat* sums, const W* const* rows, const Factor<W>* x, int64_t begin, int64_t end,
+                     const W* const* soon_rows, int64_t soon_from, Ahead& ahead) {
   constexpr int64_t kStep = 2 * kLineBytes / static_cast<int64_t>(sizeof(W));
   vfloat acc[R][T];
   PPNET_UNROLL
@@ -197,7 +197,7 @@ void dots(const W* const* rows, int count, const Factor<W>* x, int64_t width, Ah
     store(out + i, sum_each(total + i), count * T - i < kLanes ? count * T - i : kLanes);
 }
 
-// ---- sums, one or two tokens: rows side by side, so that each is read as one long run ---------------------------------------
+// ---- sums, one or two tokens: rows side by side, so that each is read as one long run -------------------------------
 
 constexpr int kSumRows = 8;
 
@@ -290,7 +290,7 @@ void sum_rows(const bf16_t* const* rows, const float* a, float* y, int64_t width
 }
 #endif
 
-// ---- sums: a tile of columns times T tokens is kept in registers while all rows of the block go by ------------------------
+// ---- sums: a tile of columns times T tokens is kept in registers while all rows of the block go by ------------------
 
 // Vectors of a tile.
 template <int T>

@@ -1,5 +1,5 @@
-// The few tokens of a decoding step, as the decode kernels read them: filled up to 1, 2, 4 or 8, which are what the kernels
-// are compiled for. Torch-free.
+// The few tokens of a decoding step, as the decode kernels read them: filled up to 1, 2, 4 or 8, which are what the
+// kernels are compiled for. Torch-free.
 //
 // Rows of a call's tokens (its input, its sums) lie side by side in groups of kGroup columns, all tokens of a group
 // together: the kernels walk through them in one run, and rows of a power of two do not fall into the same cache sets.
@@ -19,8 +19,8 @@ constexpr int64_t kGroup = 32;  // columns: whole vectors of every instruction s
 static inline int64_t padded_tokens(int64_t tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8; }
 
 // Chunks of the kept rows whose sums are added up at the end. They do not depend on the number of threads, so neither
-// does the result. Adding up costs as much as reading one or two rows per chunk and token: at least 128 rows each, but up
-// to 8 chunks of 32; above that a multiple of 8, which most numbers of threads share evenly.
+// does the result. Adding up costs as much as reading one or two rows per chunk and token: at least 128 rows each, but
+// up to 8 chunks of 32; above that a multiple of 8, which most numbers of threads share evenly.
 static inline int64_t decode_chunks(int64_t kept, int64_t tokens) {
   const int64_t wide = kept / (tokens <= 2 ? 128 : 64 * padded_tokens(tokens)), narrow = kept / 32;
   if (wide >= 8) return wide > 32 ? 32 : wide / 8 * 8;
@@ -41,9 +41,9 @@ PPNET_KERNEL(void group_tokens(Dtype dtype, const char* x, int64_t tokens, int64
 // factors[k][t] = x[t][k] * gate[k] (gate null: 1), (kept, padded): x (tokens, kept) of `dtype`, contiguous.
 PPNET_KERNEL(void turn_tokens(Dtype dtype, const char* x, int64_t tokens, int64_t kept, const float* gate,
                               float* factors))
-// y[t][d] = bias[d] (null: 0) + sum over chunks of partial[chunk][t][d], for columns [begin, end) and t < tokens; `begin`
-// is a multiple of kGroup, partial is (chunks, chunk_size(tokens, width)) in groups, y (tokens, width) of `dtype` as is
-// the bias.
+// y[t][d] = bias[d] (null: 0) + sum over chunks of partial[chunk][t][d], for columns [begin, end) and t < tokens;
+// `begin` is a multiple of kGroup, partial is (chunks, chunk_size(tokens, width)) in groups, y (tokens, width) of
+// `dtype` as is the bias.
 PPNET_KERNEL(void add_chunks(Dtype dtype, const float* partial, int64_t chunks, int64_t tokens, int64_t width,
                              const char* bias, char* y, int64_t begin, int64_t end))
 
