@@ -1,7 +1,6 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <cstring>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -20,6 +19,16 @@ void make_contiguous(Optional& t) {
 }
 
 }  // namespace
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (int64_t size : sizes) {
+    if (size >= 0 && t.size(d) != size) return false;
+    ++d;
+  }
+  return true;
+}
 
 Workspace Workspace::of_this_thread(int64_t bytes) {
   thread_local std::unique_ptr<char, Free> memory;
@@ -57,7 +66,7 @@ const char* check_bias(const char* op, const char* name, Optional& bias, int64_t
   if (!bias) return nullptr;
   check_cpu(op, name, *bias);
   check_dtype(op, name, *bias, dtype, "the dtype of x");
-  check_shape(op, name, *bias, {n}, "one entry per output");
+  expect_shape(op, name, *bias, {n}, "one entry per output");
   make_contiguous(bias);
   return static_cast<const char*>(bias->const_data_ptr());
 }
@@ -66,10 +75,10 @@ const int64_t* check_idx(const char* op, Optional& idx, int64_t n) {
   if (!idx) return nullptr;
   check_cpu(op, "idx", *idx);
   check_dtype(op, "idx", *idx, ScalarType::Long, "indices are int64");
-  check_shape(op, "idx", *idx, {-1}, "(K,)");
+  expect_shape(op, "idx", *idx, {-1}, "(K,)");
   make_contiguous(idx);
   const int64_t* values = idx->const_data_ptr<int64_t>();
-  for (int64_t k = 0; k < idx->size(0); ++k)
+  for (int64_t k = 0, kept = idx->size(0); k < kept; ++k)
     STD_TORCH_CHECK(values[k] >= 0 && values[k] < n, op, ": idx[", k, "] is ", values[k], "; allowed are 0 .. ", n - 1);
   return values;
 }
@@ -78,7 +87,7 @@ const float* check_factors(const char* op, const char* name, Optional& factors, 
   if (!factors) return nullptr;
   check_cpu(op, name, *factors);
   check_dtype(op, name, *factors, ScalarType::Float, "gates are float32");
-  check_shape(op, name, *factors, {kept}, "(K,)");
+  expect_shape(op, name, *factors, {kept}, "(K,)");
   make_contiguous(factors);
   return factors->const_data_ptr<float>();
 }
@@ -92,24 +101,20 @@ void check_tokens(const char* op, const Tensor& x) {
                   "; it must be (T, width) with at most ", kMostTokens, " tokens");
 }
 
-int64_t PaddedTokens::bytes(const Tensor& x) {
-  const int64_t elements = padded_tokens(x.size(0)) * token_stride(x.size(1));
-  return elements * (static_cast<int64_t>(sizeof(float)) + element_size(dtype_of(x)));
+const char* grouped(Workspace& workspace, const Tensor& x) {
+  const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  char* groups = workspace.take<char>(grouped_bytes(x));
+  PPNET_PICK(group_tokens)
+  (dtype_of(x), static_cast<const char*>(rows.const_data_ptr()), x.size(0), x.size(1), groups);
+  return groups;
 }
 
-PaddedTokens::PaddedTokens(Workspace& workspace, const Tensor& x, const float* factors) {
-  const int64_t tokens = x.size(0), padded = padded_tokens(tokens), width = x.size(1);
-  const int64_t element = element_size(dtype_of(x)), stride = token_stride(width);
+const float* turned(Workspace& workspace, const Tensor& x, const float* gate) {
   const Tensor rows = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const char* from = static_cast<const char*>(rows.const_data_ptr());
-  char* copy = workspace.take<char>(padded * stride * element);
-  for (int64_t t = 0; t < tokens && width > 0; ++t)  // without a width there may be no memory to read
-    std::memcpy(copy + t * stride * element, from + t * width * element, static_cast<size_t>(width * element));
-  std::memset(copy + tokens * stride * element, 0, static_cast<size_t>((padded - tokens) * stride * element));
-  raw = copy;
-  float* floats = workspace.take<float>(padded * stride);
-  PPNET_PICK(widen_tokens)(dtype_of(x), from, tokens, width, factors, floats);
-  wide = floats;
+  float* factors = workspace.take<float>(padded_tokens(x.size(0)) * x.size(1));
+  PPNET_PICK(turn_tokens)
+  (dtype_of(x), static_cast<const char*>(rows.const_data_ptr()), x.size(0), x.size(1), gate, factors);
+  return factors;
 }
 
 int64_t threads_for(int64_t bytes) {
@@ -118,13 +123,13 @@ int64_t threads_for(int64_t bytes) {
 }
 
 void add_up(const float* partial, int64_t chunks, const char* bias, Tensor& y) {
-  const int64_t tokens = y.size(0), width = y.size(1);
-  const int64_t bytes = chunks * padded_tokens(tokens) * token_stride(width) * static_cast<int64_t>(sizeof(float));
+  const int64_t tokens = y.size(0), width = y.size(1), groups = (width + kGroup - 1) / kGroup;
+  const int64_t bytes = chunks * chunk_size(tokens, width) * static_cast<int64_t>(sizeof(float));
   const Dtype dtype = dtype_of(y);
   char* out = static_cast<char*>(y.mutable_data_ptr());
   const auto add = PPNET_PICK(add_chunks);
-  share_out(width, threads_for(bytes), [&](int64_t begin, int64_t end) {
-    add(dtype, partial, chunks, tokens, width, bias, out, begin, end);
+  share_out(groups, threads_for(bytes), [&](int64_t begin, int64_t end) {
+    add(dtype, partial, chunks, tokens, width, bias, out, begin * kGroup, std::min(end * kGroup, width));
   });
 }
 

@@ -1,7 +1,8 @@
-// What the bindings of the decode operators share: checks of their arguments, padded tokens, working memory.
+// What the bindings of the decode operators share: checks of their arguments, working memory, shares of threads.
 #pragma once
 
 #include <atomic>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -13,8 +14,8 @@ namespace ppnet {
 
 using Optional = std::optional<Tensor>;
 
-// Memory that the calling thread keeps between calls, so that a decoding step does not wait for fresh pages. It grows to
-// what the largest call needed; the operators say how much that is.
+// Memory that the calling thread keeps between calls, so that a decoding step does not wait for fresh pages. It grows
+// to what the largest call needed; the operators say how much that is.
 class Workspace {
  public:
   // Room for a call, given up at the next one. Aligned to cache lines.
@@ -38,6 +39,12 @@ class Workspace {
   char* next_;
 };
 
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes);
+// check_shape builds its message first, which takes longer than a small layer: it is asked only to refuse.
+inline void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                         const char* meaning) {
+  if (!has_shape(t, sizes)) check_shape(op, name, t, sizes, meaning);
+}
 // Dtype, and the last axis contiguous in rows that do not overlap.
 void check_rows(const char* op, const char* name, const Tensor& weight, ScalarType dtype);
 // A bias (N,) of x's dtype, contiguous in place; null where absent.
@@ -49,18 +56,17 @@ const float* check_factors(const char* op, const char* name, Optional& factors, 
 // x: (T, width) with 0 <= T <= kMostTokens, f32, bf16 or f16.
 void check_tokens(const char* op, const Tensor& x);
 
-// The tokens as the kernels read them, in working memory.
-struct PaddedTokens {
-  PaddedTokens(Workspace& workspace, const Tensor& x, const float* factors);
-  static int64_t bytes(const Tensor& x);
-  const char* raw;
-  const float* wide;
-};
+// The tokens as the kernels read them, in working memory: x (T, width) in groups; (width, padded) factors, times the
+// gate.
+inline int64_t grouped_bytes(const Tensor& x) { return grouped_size(x.size(0), x.size(1)) * 4; }
+const char* grouped(Workspace& workspace, const Tensor& x);
+inline int64_t turned_bytes(const Tensor& x) { return padded_tokens(x.size(0)) * x.size(1) * 4; }
+const float* turned(Workspace& workspace, const Tensor& x, const float* gate);
 
 // Threads that are worth waking to read this many bytes.
 int64_t threads_for(int64_t bytes);
-// body(i, i + 1) for every i of [0, n) on that many threads. Each goes through a share of its own, in order, because kernels
-// fetch ahead; then it helps the others: where another process holds a core, the rest go on.
+// body(i, i + 1) for every i of [0, n) on that many threads. Each goes through a share of its own, in order, because
+// kernels fetch ahead; then it helps the others: where another process holds a core, the rest go on.
 template <class Body>
 void take_turns(int64_t n, int64_t threads, const Body& body) {
   if (threads == 1) return body(0, n);
@@ -82,7 +88,7 @@ void share_out(int64_t n, int64_t threads, const Body& body) {
   });
 }
 
-// y (T, width) = bias (width, or null) + the sum over chunks of partial (chunks, padded, token_stride(width)).
+// y (T, width) = bias (width, or null) + the sum over chunks of partial (chunks, chunk_size(T, width)).
 void add_up(const float* partial, int64_t chunks, const char* bias, Tensor& y);
 
 }  // namespace ppnet

@@ -5,13 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <memory>
-#include <new>
-#include <optional>
 
-#include "check.h"
+#include "decode.h"
 
 namespace ppnet {
 namespace {
@@ -20,28 +15,21 @@ constexpr const char* kOp = "gated_attention_decode";
 // A second thread is worth waking for this much of the cache.
 constexpr int64_t kBytesPerThread = 1 << 17;
 
-using OptionalTensor = std::optional<Tensor>;
-
-// check_shape builds its message first, which takes longer than a small cache's attention: ask it only to refuse.
-bool has_shape(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
-  return t.dim() == 4 && t.size(0) == a && (b < 0 || t.size(1) == b) && (c < 0 || t.size(2) == c) && t.size(3) == d;
-}
-
 void check_query(const Tensor& query) {
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp,
                   ": query has dtype ", torch::headeronly::toString(dtype), "; allowed are Float, BFloat16 and Half");
   check_cpu(kOp, "query", query);
-  if (query.dim() != 4) check_shape(kOp, "query", query, {-1, -1, -1, -1}, "(B, H, T, Dh)");
+  expect_shape(kOp, "query", query, {-1, -1, -1, -1}, "(B, H, T, Dh)");
 }
 
 void check_cache(const char* name, const Tensor& t, const Tensor& query) {
   check_dtype(kOp, name, t, query.scalar_type(), "the dtype of query");
   check_cpu(kOp, name, t);
-  if (!has_shape(t, query.size(0), -1, -1, query.size(3)))
-    check_shape(kOp, name, t, {query.size(0), -1, -1, query.size(3)}, "(B, Hkv, S, Dh) with the B and Dh of query");
+  expect_shape(kOp, name, t, {query.size(0), -1, -1, query.size(3)}, "(B, Hkv, S, Dh) with the B and Dh of query");
   STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1, kOp, ": ", name, " has stride ", t.stride(3),
-                  " along its last axis; it must be contiguous there (1), because a copy would cost more than the call");
+                  " along its last axis; it must be contiguous there (1), because a copy would cost more than the",
+                  " call");
   STD_TORCH_CHECK(t.size(2) < INT32_MAX, kOp, ": ", name, " has ", t.size(2), " positions; at most ", INT32_MAX - 1,
                   " are supported");
 }
@@ -79,10 +67,10 @@ void set_rows(const Tensor& t, const char*& data, int64_t* stride) {
 void check_vector(const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* meaning) {
   check_dtype(kOp, name, t, dtype, dtype == ScalarType::Long ? "integers are int64" : "gates are float32");
   check_cpu(kOp, name, t);
-  check_shape(kOp, name, t, {size}, meaning);
+  expect_shape(kOp, name, t, {size}, meaning);
 }
 
-int64_t set_groups(const OptionalTensor& groups, const Tensor& query, const Tensor& key, DecodeJob& job) {
+int64_t set_groups(const Optional& groups, const Tensor& query, const Tensor& key, DecodeJob& job) {
   const int64_t heads = query.size(1), all = key.size(1);
   job.groups = all;
   if (groups) {
@@ -106,26 +94,20 @@ void set_lengths(const Tensor& lengths, const Tensor& query, int64_t keys, Decod
                     "; allowed are 0 .. ", keys, " (positions of key)");
 }
 
-struct FreeAligned {
-  void operator()(char* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
 void run(DecodeJob& job) {
   const int64_t attended = job.window > 0 ? std::min(job.keys, job.window + job.tokens) : job.keys;
   const int64_t bytes = job.batch * job.groups * attended * job.width * 2 * element_size(job.dtype);
   const int64_t work = bytes * std::max<int64_t>(1, decode_rows(job) / 4);
   const int64_t threads = std::clamp<int64_t>(
       work / kBytesPerThread, 1, std::min(decode_units(job), static_cast<int64_t>(torch::stable::get_num_threads())));
-  const auto aligned = [](int64_t n) { return (n + 63) / 64 * 64; };
-  const int64_t scratch = aligned(decode_scratch_bytes(job)), partial = aligned(decode_partial_floats(job) * 4);
-  const int64_t counters = aligned((job.batch * job.groups + 1) * 4);
-  const std::unique_ptr<char, FreeAligned> memory(static_cast<char*>(
-      ::operator new(static_cast<size_t>(counters + scratch * threads + partial), std::align_val_t{64})));
-  std::fill_n(memory.get(), counters, char{0});
-  job.next = reinterpret_cast<int32_t*>(memory.get());
+  const int64_t scratch = (decode_scratch_bytes(job) + 63) / 64 * 64, partial = decode_partial_floats(job);
+  const int64_t counters = job.batch * job.groups + 1;
+  Workspace workspace = Workspace::of_this_thread((counters + partial) * 4 + scratch * threads);
+  job.next = workspace.take<int32_t>(counters);
   job.done = job.next + 1;
-  char* scratches = memory.get() + counters;
-  job.partial = reinterpret_cast<float*>(scratches + scratch * threads);
+  std::fill_n(job.next, counters, 0);
+  job.partial = workspace.take<float>(partial);
+  char* scratches = workspace.take<char>(scratch * threads);
   const auto kernel = PPNET_PICK(gated_attention_decode);
   if (threads == 1) return kernel(job, scratches);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -141,20 +123,20 @@ Tensor empty_by_token(const Tensor& query) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 
-Tensor gated_attention_decode_cpu(Tensor query, Tensor key, Tensor value, OptionalTensor groups, OptionalTensor gate,
-                                  OptionalTensor mask, OptionalTensor lengths, double scale, int64_t window) {
+Tensor gated_attention_decode_cpu(Tensor query, Tensor key, Tensor value, Optional groups, Optional gate,
+                                  Optional mask, Optional lengths, double scale, int64_t window) {
   check_query(query);
   check_cache("key", key, query);
   check_cache("value", value, query);
-  if (!has_shape(value, key.size(0), key.size(1), key.size(2), key.size(3)))
-    check_shape(kOp, "value", value, {key.size(0), key.size(1), key.size(2), key.size(3)}, "the shape of key");
+  expect_shape(kOp, "value", value, {key.size(0), key.size(1), key.size(2), key.size(3)}, "the shape of key");
   STD_TORCH_CHECK(window >= 0, kOp, ": window is ", window, "; allowed are positions >= 1, or 0 for none");
   if (query.size(3) > 1 && query.stride(3) != 1) query = torch::stable::contiguous(query);
-  for (OptionalTensor* t : {&groups, &gate, &lengths})
+  for (Optional* t : {&groups, &gate, &lengths})
     if (*t && !(*t)->is_contiguous()) *t = torch::stable::contiguous(**t);
 
   DecodeJob job{};

@@ -11,7 +11,7 @@ namespace {
 // A matrix of neurons: (F, D), rows contiguous.
 const char* neurons(const char* op, const char* name, const Tensor& matrix, const Tensor& up, int64_t& stride) {
   check_rows(op, name, matrix, up.scalar_type());
-  check_shape(op, name, matrix, {up.size(0), up.size(1)}, "(F, D), as up");
+  expect_shape(op, name, matrix, {up.size(0), up.size(1)}, "(F, D), as up");
   stride = matrix.stride(0) * element_size(dtype_of(matrix));
   return static_cast<const char*>(matrix.const_data_ptr());
 }
@@ -21,7 +21,7 @@ Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   const char* op = "gated_mlp_decode";
   check_tokens(op, x);
   check_rows(op, "up", up, x.scalar_type());
-  check_shape(op, "x", x, {-1, up.size(1)}, "(T, D), D that of up");
+  expect_shape(op, "x", x, {-1, up.size(1)}, "(T, D), D that of up");
   STD_TORCH_CHECK(gate || !gate_bias, op, ": gate_bias is given, but gate is not");
   MlpDecode job{};
   job.dtype = dtype_of(x);
@@ -39,12 +39,10 @@ Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   job.z = check_factors(op, "z", z, job.kept);
   Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
   if (job.tokens == 0 || job.width == 0) return y;
-  job.chunks = decode_chunks(job.kept);
-  const int64_t sums = job.chunks * padded_tokens(job.tokens) * token_stride(job.width);
-  Workspace workspace = Workspace::of_this_thread(PaddedTokens::bytes(x) + sums * 4);
-  const PaddedTokens tokens(workspace, x, nullptr);
-  job.x = tokens.raw;
-  job.wide = tokens.wide;
+  job.chunks = decode_chunks(job.kept, job.tokens);
+  const int64_t sums = job.chunks * chunk_size(job.tokens, job.width);
+  Workspace workspace = Workspace::of_this_thread(grouped_bytes(x) + sums * 4);
+  job.x = grouped(workspace, x);
   job.partial = workspace.take<float>(sums);
   const int64_t bytes = job.kept * job.width * element_size(job.dtype) * (gate ? 3 : 2);
   const auto kernel = PPNET_PICK(mlp_chunks);

@@ -29,17 +29,15 @@ int64_t weight_bytes(const LinearDecode& job) { return job.kept * job.width * el
 Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
   const char* op = "linear_decode";
   LinearDecode job = make_job(op, x, weight, idx);
-  check_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
+  expect_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
   job.bias = check_bias(op, "bias", bias, weight.size(0), x.scalar_type());
   Tensor y = torch::stable::new_empty(x, {job.tokens, job.kept});
   if (job.tokens == 0 || job.kept == 0) return y;
-  Workspace workspace = Workspace::of_this_thread(PaddedTokens::bytes(x));
-  const PaddedTokens tokens(workspace, x, nullptr);
-  job.x = tokens.raw;
-  job.wide = tokens.wide;
+  Workspace workspace = Workspace::of_this_thread(grouped_bytes(x));
+  job.x = grouped(workspace, x);
   job.y = static_cast<char*>(y.mutable_data_ptr());
   const auto kernel = PPNET_PICK(linear_outputs);
-  constexpr int64_t kRows = 128;  // whole blocks
+  constexpr int64_t kRows = 32;  // whole blocks
   take_turns((job.kept + kRows - 1) / kRows, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) {
     kernel(job, begin * kRows, std::min(end * kRows, job.kept));
   });
@@ -49,15 +47,15 @@ Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
 Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
   const char* op = "linear_t_decode";
   LinearDecode job = make_job(op, x, weight, idx);
-  check_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
+  expect_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
   const char* bias_data = check_bias(op, "bias", bias, job.width, x.scalar_type());
   const float* factors = check_factors(op, "z", z, job.kept);
   Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
   if (job.tokens == 0 || job.width == 0) return y;
-  job.chunks = decode_chunks(job.kept);
-  const int64_t sums = job.chunks * padded_tokens(job.tokens) * token_stride(job.width);
-  Workspace workspace = Workspace::of_this_thread(PaddedTokens::bytes(x) + sums * 4);
-  job.wide = PaddedTokens(workspace, x, factors).wide;
+  job.chunks = decode_chunks(job.kept, job.tokens);
+  const int64_t sums = job.chunks * chunk_size(job.tokens, job.width);
+  Workspace workspace = Workspace::of_this_thread(turned_bytes(x) + sums * 4);
+  job.factors = turned(workspace, x, factors);
   job.partial = workspace.take<float>(sums);
   const auto kernel = PPNET_PICK(linear_inputs);
   take_turns(job.chunks, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });

@@ -8,7 +8,8 @@ namespace PPNET_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kValueBlock = 32;   // positions whose values stay in the first-level cache while rows of weights change
+// Positions whose values stay in the first-level cache while rows of weights change.
+constexpr int64_t kValueBlock = 32;
 constexpr int64_t kAheadBytes = 8192;  // distance of the prefetch, into the second-level cache
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -47,7 +48,7 @@ Scratch divide(const DecodeJob& job, char* memory) {
   return s;
 }
 
-// --- which positions are attended -------------------------------------------------------------------------------------
+// --- which positions are attended ------------------------------------------------------------------------------------
 
 struct bool_t {
   uint8_t value;
@@ -74,8 +75,8 @@ void token_range(const DecodeJob& job, int64_t b, int64_t t, int64_t* first, int
 
 // Mask row r (head in group, token) of positions [first, last).
 template <class M>
-void read_mask(const DecodeJob& job, const Unit& unit, int64_t r, bool per_head, int64_t first, int64_t last, float* bias,
-               bool* all_plain, bool* all_masked) {
+void read_mask(const DecodeJob& job, const Unit& unit, int64_t r, bool per_head, int64_t first, int64_t last,
+               float* bias, bool* all_plain, bool* all_masked) {
   const int64_t t = per_head ? r % job.tokens : r;
   const int64_t head = per_head ? unit.group * job.per_group + r / job.tokens : 0;
   const M* mask = reinterpret_cast<const M*>(job.mask) + unit.b * job.mask_stride[0] + head * job.mask_stride[1] +
@@ -92,8 +93,8 @@ void read_mask(const DecodeJob& job, const Unit& unit, int64_t r, bool per_head,
   for (int64_t j = 0; j < n; ++j) bias[j] = is_masked(mask[j * stride]) ? -kInfinity : bias_of(mask[j * stride]);
 }
 
-void read_mask(const DecodeJob& job, const Unit& unit, int64_t r, bool per_head, int64_t first, int64_t last, float* bias,
-               bool* all_plain, bool* all_masked) {
+void read_mask(const DecodeJob& job, const Unit& unit, int64_t r, bool per_head, int64_t first, int64_t last,
+               float* bias, bool* all_plain, bool* all_masked) {
   switch (job.mask_kind) {
     case MaskKind::boolean: return read_mask<bool_t>(job, unit, r, per_head, first, last, bias, all_plain, all_masked);
     case MaskKind::f32: return read_mask<float>(job, unit, r, per_head, first, last, bias, all_plain, all_masked);
@@ -166,7 +167,7 @@ Plan make_plan(const DecodeJob& job, const Unit& unit, const Scratch& s) {
   return plan;
 }
 
-// --- scores, weights, values ------------------------------------------------------------------------------------------
+// --- scores, weights, values -----------------------------------------------------------------------------------------
 
 template <class T>
 void prefetch_rows(const Rows<T>& rows, const int32_t* position, int64_t n) {
@@ -176,18 +177,19 @@ void prefetch_rows(const Rows<T>& rows, const int32_t* position, int64_t n) {
 }
 
 template <class T>
-void score_rows(const float* query, int64_t padded, const Rows<T>& keys, const Scratch& s, const Plan& plan, int64_t rows,
-                int64_t ahead) {
+void score_rows(const float* query, int64_t padded, const Rows<T>& keys, const Scratch& s, const Plan& plan,
+                int64_t rows, int64_t ahead) {
   for (int64_t j = 0; j < plan.count; j += kLanes) {
     const int32_t* position = s.position + j;
+    float* score = s.score + j;
     // Only the first rows bring keys from memory; the prefetch is exact where positions follow one another.
     int64_t r = 0, distance = ahead * keys.stride;
     for (; r + 4 <= rows; r += 4, distance = 0)
-      score_tile<T, 4>(query + r * padded, padded, keys, position, distance, s.score + r * kDecodeChunk + j, kDecodeChunk);
+      score_tile<T, 4>(query + r * padded, padded, keys, position, distance, score + r * kDecodeChunk, kDecodeChunk);
     for (; r + 2 <= rows; r += 2, distance = 0)
-      score_tile<T, 2>(query + r * padded, padded, keys, position, distance, s.score + r * kDecodeChunk + j, kDecodeChunk);
+      score_tile<T, 2>(query + r * padded, padded, keys, position, distance, score + r * kDecodeChunk, kDecodeChunk);
     for (; r < rows; ++r, distance = 0)
-      score_tile<T, 1>(query + r * padded, padded, keys, position, distance, s.score + r * kDecodeChunk + j, kDecodeChunk);
+      score_tile<T, 1>(query + r * padded, padded, keys, position, distance, score + r * kDecodeChunk, kDecodeChunk);
   }
 }
 
@@ -249,15 +251,18 @@ void add_values(const Scratch& s, const Rows<T>& values, const Plan& plan, int64
     const int32_t* position = s.position + j;
     int64_t r = 0, distance = ahead * values.stride;
     for (; values.width <= 2 * kPair && r + 4 <= rows; r += 4, distance = 0)
-      value_rows<T, 4>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded, padded);
+      value_rows<T, 4>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded,
+                       padded);
     for (; r + 2 <= rows; r += 2, distance = 0)
-      value_rows<T, 2>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded, padded);
+      value_rows<T, 2>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded,
+                       padded);
     for (; r < rows; ++r, distance = 0)
-      value_rows<T, 1>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded, padded);
+      value_rows<T, 1>(weight + r * kDecodeChunk, kDecodeChunk, values, position, end - j, distance, sum + r * padded,
+                       padded);
   }
 }
 
-// --- units ------------------------------------------------------------------------------------------------------------
+// --- units -----------------------------------------------------------------------------------------------------------
 
 struct Partial {
   float *sum, *most, *weights;  // (rows, padded), (rows), (rows)
@@ -334,7 +339,8 @@ void combine(const DecodeJob& job, int64_t b, int64_t group) {
       weights += factor[0] * part.weights[r];
       const float* sum = part.sum + r * padded;
       for (int64_t d = 0; d < padded; d += kLanes)
-        store(total + d, c == 0 ? load(total + d) * splat(factor[0]) : fma(splat(factor[0]), load(sum + d), load(total + d)));
+        store(total + d, c == 0 ? load(total + d) * splat(factor[0])
+                                : fma(splat(factor[0]), load(sum + d), load(total + d)));
     }
     const float gate = job.gate ? job.gate[group] : 1.0f, scale = top == -kInfinity ? 0.0f : gate / weights;
     for (int64_t d = 0; d < job.width; d += kPair)

@@ -1,7 +1,8 @@
-// The inner loops of gated_attention_decode: a tile of query rows against rows of keys, and weights against rows of values.
-// Included once, by gated_attention_decode.cpp: everything has internal linkage.
+// The inner loops of gated_attention_decode: a tile of query rows against rows of keys, and weights against rows of
+// values. Included once, by gated_attention_decode.cpp: everything has internal linkage.
 #pragma once
 
+#include "sum_each.h"
 #include "vec.h"
 
 // Loops over registers: left rolled, the compiler would keep their arrays in memory.
@@ -9,8 +10,9 @@
 
 namespace {
 
-// Rows are read two vectors of floats at a time. Which element lies in which lane is the type's choice, as long as queries,
-// keys and values agree: bf16 splits 32-bit words into even and odd elements, which costs one instruction per vector.
+// Rows are read two vectors of floats at a time. Which element lies in which lane is the type's choice, as long as
+// queries, keys and values agree: bf16 splits 32-bit words into even and odd elements, which costs one instruction per
+// vector.
 constexpr int64_t kPair = 2 * kLanes;
 struct Pair {
   vfloat a, b;
@@ -77,29 +79,6 @@ struct Product<bf16_t> {
 };
 #endif
 
-// Lane i of the result is the sum of the lanes of x[i].
-inline vfloat sum_each(const vfloat* x) {
-#if defined(__AVX512F__)
-  const auto shuffle_add = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  __m512 four[4];
-  PPNET_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const __m512 *y = x + 4 * i, ab = _mm512_add_ps(_mm512_unpacklo_ps(y[0], y[1]), _mm512_unpackhi_ps(y[0], y[1])),
-                 cd = _mm512_add_ps(_mm512_unpacklo_ps(y[2], y[3]), _mm512_unpackhi_ps(y[2], y[3]));
-    const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
-    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
-  }
-  return shuffle_add(shuffle_add(four[0], four[1]), shuffle_add(four[2], four[3]));
-#else
-  float each[kLanes];
-  PPNET_UNROLL
-  for (int i = 0; i < kLanes; ++i) each[i] = sum(x[i]);
-  return load(each);
-#endif
-}
-
 template <class T>
 inline void prefetch_pair(const T* p) {
   __builtin_prefetch(p, 0, 2);
@@ -114,10 +93,11 @@ struct Rows {
   const T* at(int32_t position) const { return data + position * stride; }
 };
 
-// Dot products of kQueries queries with kLanes keys: to[i * to_stride + j]. `ahead`: elements to the row to prefetch, or 0.
+// Dot products of kQueries queries with kLanes keys: to[i * to_stride + j]. `ahead`: elements to the row to prefetch,
+// or 0.
 template <class T, int kQueries>
-void score_tile(const float* q, int64_t q_stride, const Rows<T>& keys, const int32_t* position, int64_t ahead, float* to,
-                int64_t to_stride) {
+void score_tile(const float* q, int64_t q_stride, const Rows<T>& keys, const int32_t* position, int64_t ahead,
+                float* to, int64_t to_stride) {
   constexpr int kKeys = kLanes / kQueries;
   using P = Product<T>;
   for (int first = 0; first < kLanes; first += kKeys) {

@@ -1,7 +1,7 @@
 // gated_mlp_decode: body, compiled once per instruction set (PPNET_ISA).
 //
-// Neurons go through in blocks: products with their gate and up rows, activation, sum of their down rows. Each phase
-// prefetches the rows of the next one, so memory is read in one steady stream whatever neurons are kept.
+// Neurons go through in blocks: products with their gate and up rows, activation, sum of their down rows. Meanwhile the
+// rows of two phases later are fetched, so memory is read in one steady stream whatever neurons are kept.
 #include "gated_mlp_decode.h"
 
 #include "activations.h"
@@ -37,24 +37,25 @@ inline int64_t neuron(const MlpDecode& job, int64_t k) {
   return job.idx ? job.idx[k] : k;
 }
 
-// The rows of the neurons of a block from k on, and the up and gate rows of the next block.
+// The rows of the neurons of a block from k on, and what is fetched meanwhile: its down rows, as they are read last,
+// and the gate and up rows of the next block.
 struct Block {
-  Block(const MlpDecode& job, int64_t k, int64_t end) : count(static_cast<int>(end - k < kBlockRows ? end - k : kBlockRows)) {
+  Block(const MlpDecode& job, int64_t k, int64_t end)
+      : count(static_cast<int>(end - k < kBlockRows ? end - k : kBlockRows)), matrices(job.gate ? 3 : 2) {
     for (int b = 0; b < count; ++b) {
       f[b] = neuron(job, k + b);
       up[b] = job.up + f[b] * job.up_stride;
-      down[b] = job.down + f[b] * job.down_stride;
+      down[b] = ahead[b] = job.down + f[b] * job.down_stride;
       const int64_t next = neuron(job, k + kBlockRows + b);
-      const int first = job.gate ? count : 0;  // the gate's rows are read first
-      ahead[first + b] = job.up + next * job.up_stride;
+      ahead[(matrices - 1) * count + b] = job.up + next * job.up_stride;
       if (job.gate == nullptr) continue;
       gate[b] = job.gate + f[b] * job.gate_stride;
-      ahead[b] = job.gate + next * job.gate_stride;
+      ahead[count + b] = job.gate + next * job.gate_stride;
     }
   }
-  int count;
+  int count, matrices;
   int64_t f[kBlockRows];
-  const char *up[kBlockRows], *gate[kBlockRows], *down[kBlockRows], *ahead[2 * kBlockRows];
+  const char *up[kBlockRows], *gate[kBlockRows], *down[kBlockRows], *ahead[3 * kBlockRows];
 };
 
 template <class W>
@@ -68,18 +69,13 @@ void add_bias(const char* bias, const Block& block, float* h) {
   for (int i = 0; i < block.count * T; ++i) h[i] += widen(reinterpret_cast<const W*>(bias)[block.f[i / T]]);
 }
 
-// h[b * T + t] of a block's neurons; meanwhile their down rows are fetched, half of them with either matrix.
+// h[b * T + t] of a block's neurons.
 template <int T, bool kGlu, class W>
-void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) {
-  const Tokens<W> x{reinterpret_cast<const W*>(job.x), job.wide, token_stride(job.width)};
-  Ahead down{block.down, block.count, job.width * static_cast<int64_t>(sizeof(W))};
+void activations(const MlpDecode& job, const Block& block, int64_t k, Ahead& ahead, float* h) {
+  const auto* x = reinterpret_cast<const Factor<W>*>(job.x);
   float gate[kBlockRows * T];
-  if (kGlu) {
-    dots<T, true>(typed<W>(block.gate), block.count, x, job.width, down, gate);
-    dots<T, true>(typed<W>(block.up), block.count, x, job.width, down, h);
-  } else {
-    dots<T, false>(typed<W>(block.up), block.count, x, job.width, down, h);
-  }
+  if (kGlu) dots<T>(typed<W>(block.gate), block.count, x, job.width, ahead, gate);
+  dots<T>(typed<W>(block.up), block.count, x, job.width, ahead, h);
   add_bias<T, W>(job.up_bias, block, h);
   if (kGlu) add_bias<T, W>(job.gate_bias, block, gate);
   activate<kGlu>(job.act, gate, h, block.count * T);
@@ -89,7 +85,7 @@ void activations(const MlpDecode& job, const Block& block, int64_t k, float* h) 
 
 template <int T, bool kGlu, class W>
 void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  const int64_t stride = token_stride(job.width), size = T * stride;
+  const int64_t size = chunk_size(T, job.width);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     float* y = job.partial + chunk * size;
     memset(y, 0, static_cast<size_t>(size) * sizeof(float));
@@ -97,39 +93,23 @@ void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
     for (int64_t k = chunk_start(job.kept, job.chunks, chunk); k < stop; k += kBlockRows) {
       const Block block(job, k, stop);
       float h[kBlockRows * T];
-      activations<T, kGlu, W>(job, block, k, h);
-      Ahead next{block.ahead, kGlu ? 2 * block.count : block.count, job.width * static_cast<int64_t>(sizeof(W))};
-      sums<T, kGlu ? 2 : 1>(typed<W>(block.down), block.count, h, y, stride, job.width, next);
+      Ahead ahead{block.ahead, block.matrices * block.count, job.width * static_cast<int64_t>(sizeof(W))};
+      activations<T, kGlu, W>(job, block, k, ahead, h);
+      sums<T>(typed<W>(block.down), block.count, h, y, job.width, ahead);
     }
-  }
-}
-
-template <int T, class W>
-void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  if (job.gate)
-    chunks<T, true, W>(job, begin, end);
-  else
-    chunks<T, false, W>(job, begin, end);
-}
-
-template <class W>
-void chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  switch (padded_tokens(job.tokens)) {
-    case 1: return chunks<1, W>(job, begin, end);
-    case 2: return chunks<2, W>(job, begin, end);
-    case 4: return chunks<4, W>(job, begin, end);
-    default: return chunks<8, W>(job, begin, end);
   }
 }
 
 }  // namespace
 
 void mlp_chunks(const MlpDecode& job, int64_t begin, int64_t end) {
-  switch (job.dtype) {
-    case Dtype::bf16: return chunks<bf16_t>(job, begin, end);
-    case Dtype::f16: return chunks<f16_t>(job, begin, end);
-    default: return chunks<float>(job, begin, end);
-  }
+  with_kind(job.dtype, job.tokens, [&](auto kind) {
+    using K = decltype(kind);
+    if (job.gate)
+      chunks<K::kTokens, true, typename K::Element>(job, begin, end);
+    else
+      chunks<K::kTokens, false, typename K::Element>(job, begin, end);
+  });
 }
 
 }  // namespace PPNET_ISA

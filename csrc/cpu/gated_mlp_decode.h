@@ -11,7 +11,7 @@ namespace ppnet {
 struct MlpDecode {
   Dtype dtype;          // of everything but z: f32, bf16 or f16
   Act act;
-  int64_t tokens;       // T, 1 .. kMostTokens; x has padded_tokens(T) rows
+  int64_t tokens;       // T, 1 .. kMostTokens
   int64_t kept;         // K neurons
   int64_t width;        // D
   const char *gate, *up, *down;  // rows of D elements; gate may be null
@@ -19,9 +19,8 @@ struct MlpDecode {
   const char *gate_bias, *up_bias;              // one per neuron of the matrices, or null
   const int64_t* idx;   // (K), or null: neurons 0 .. K - 1
   const float* z;       // (K), or null: 1
-  const char* x;        // (padded, token_stride(D)), of `dtype`
-  const float* wide;    // the same in float
-  float* partial;       // (chunks, padded, token_stride(D))
+  const char* x;        // grouped tokens (group_tokens)
+  float* partial;       // (chunks, chunk_size(T, D)), in groups
   int64_t chunks;
 };
 

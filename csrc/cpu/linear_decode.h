@@ -8,17 +8,17 @@ namespace ppnet {
 // y = x W[idx]^T + bias[idx] (outputs are rows), or the partial sums of y = (x * gate) W[idx] (inputs are rows).
 struct LinearDecode {
   Dtype dtype;         // of x, weight, bias and y: f32, bf16 or f16
-  int64_t tokens;      // T, 1 .. kMostTokens; x has padded_tokens(T) rows
+  int64_t tokens;      // T, 1 .. kMostTokens
   int64_t kept;        // K rows
   int64_t width;       // elements of a row
   const char* weight;
   int64_t stride;      // bytes between rows
   const int64_t* idx;  // (K), or null: rows 0 .. K - 1
-  const char* x;       // (padded, token_stride(width)), of `dtype`; inputs as rows: not used
-  const float* wide;   // the same in float; inputs as rows: (padded, token_stride(K)), times the gate
+  const char* x;       // grouped tokens (group_tokens); inputs as rows: not used
+  const float* factors;  // inputs as rows: (K, padded), the tokens times the gate (turn_tokens)
   const char* bias;    // one per row of the weight, or null; inputs as rows: not used
   char* y;             // (T, K); inputs as rows: not used
-  float* partial;      // inputs as rows: (chunks, padded, token_stride(width))
+  float* partial;      // inputs as rows: (chunks, chunk_size(T, width)), in groups
   int64_t chunks;
 };
 

@@ -46,8 +46,8 @@ def gated_attention_decode(
     scale: None is 1/sqrt(Dh). window: token t attends to the last `window` positions up to its own, lengths - T + t.
 
     Returns (B, H, T, Dh) of query's dtype, laid out as (B, T, H, Dh). Computed in float32, rounded once; independent of
-    the number of threads. Workspace: B · H · T · ceil(S / 512) · (Dh + 2) floats, and per thread 72 KB and
-    H / G · T · (Dh + 512) floats; Dh counts as the next multiple of 32.
+    the number of threads. Working memory, kept for the next call: B · H · T · ceil(S / 512) · (Dh + 2) floats, and per
+    thread 72 KB and H / G · T · (Dh + 512) floats; Dh counts as the next multiple of 32.
     Under autocast a query of another dtype is cast to the cache's. Not differentiable (`gated_attention` is): raises
     RuntimeError where a gradient would be recorded. Errors (RuntimeError) name the argument and its value.
     """

@@ -36,7 +36,7 @@ def check(x, arguments, idx, z, act):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (517, 300)])
+@pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (517, 300), (1100, 33)])
 def test_against_float64(f, d, dtype, isa):
     for tokens in (0, 1, 2, 3, 5, 8):
         x = torch.randn(tokens, d).to(dtype)

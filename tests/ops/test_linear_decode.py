@@ -10,7 +10,7 @@ import ppnet.extension as extension
 from ppnet.ops import linear_decode, linear_decode_ref, linear_t_decode, linear_t_decode_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (7, 172), (172, 7), (300, 517), (65, 4096)]  # rows, elements of a row
+SHAPES = [(1, 1), (7, 172), (172, 7), (300, 517), (65, 4096), (2100, 33)]  # rows, elements of a row
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
 
 
