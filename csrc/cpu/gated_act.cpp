@@ -7,7 +7,7 @@ namespace ppnet {
 namespace PPNET_ISA {
 namespace {
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -117,7 +117,7 @@ struct Backward {
   }
 };
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 inline T* at(char* base, int64_t row, int64_t col, int64_t stride) {
@@ -168,7 +168,7 @@ void backward(const GatedActJob& job, const Tile& tile) {
   }
 }
 
-// ---- from run time to compile time -----------------------------------------------------------------------------------
+// ---- from run time to compile time ----------------------------------------------------------------------------------
 
 template <class A, bool kGate, class T>
 void run(const GatedActJob& job, int64_t begin, int64_t end, bool streamed, bool is_backward) {

@@ -118,7 +118,7 @@ inline vfloat polynomial(vfloat x, const float (&c)[kCount]) {
   return p;
 }
 
-// kShort: for results that are rounded to bf16, whose rounding has a relative error of 2e-3: 2e-4 instead of 1e-7, and
+// kShort: for results that are rounded to bf16, whose rounding has a relative error of 4e-3: 2e-4 instead of 1e-7, and
 // half the operations. On the others a processor computes no faster than memory delivers.
 template <class T>
 constexpr bool kRoundsShort = false;
