@@ -27,7 +27,7 @@ std::vector<int64_t> sizes_of(const Tensor& t) {
 
 // A tensor (..., K) as the rows of a matrix.
 struct Rows {
-  Tensor tensor;       // as given, or a contiguous copy where its rows are not evenly spaced or not contiguous themselves
+  Tensor tensor;       // as given, or a contiguous copy where its rows are not evenly spaced or not contiguous
   int64_t stride = 0;  // bytes between rows
   const char* data() const { return static_cast<const char*>(tensor.const_data_ptr()); }
 };
@@ -35,7 +35,8 @@ struct Rows {
 Rows rows_of(const Tensor& t, Dtype dtype) {
   const int64_t last = t.dim() - 1;
   bool even = t.size(last) <= 1 || t.stride(last) == 1;
-  int64_t stride = t.size(last), reach = -1;  // of the innermost axis with more than one row; what the next one must have
+  int64_t stride = t.size(last);  // of the innermost axis with more than one row
+  int64_t reach = -1;             // what the next one must have
   for (int64_t d = last - 1; d >= 0 && even; --d) {
     if (t.size(d) == 1) continue;
     if (reach < 0)

@@ -32,8 +32,8 @@ std::vector<Item> check(const char* op, const Tensors& weight, const Tensors& sc
     // A scale of no features is no scale: the norms are 0 either way.
     item.scaled = !absent(scale[i]);
     if (item.scaled) {
-      STD_TORCH_CHECK(!vector, op, ": ", at("input_scale", i), " has shape ", shape(scale[i]), ", but ", at("weight", i),
-                      " is 1-D and has no features to scale; it must be empty");
+      STD_TORCH_CHECK(!vector, op, ": ", at("input_scale", i), " has shape ", shape(scale[i]), ", but ",
+                      at("weight", i), " is 1-D and has no features to scale; it must be empty");
       check_cpu(op, at("input_scale", i), scale[i]);
       check_shape(op, at("input_scale", i), scale[i], {item.features()}, "(D,), or empty for no scale,");
       check_dtype(op, at("input_scale", i), scale[i], arithmetic(weight[i].scalar_type()), "the dtype of the norms");
@@ -165,7 +165,8 @@ std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, 
       check_dtype(op, at(name, i), *t, sums, "the dtype of the norms");
       if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
     }
-    with_sums(dtype_of(weight[i]), [&](auto zero) { make_factors<decltype(zero)>(item, grad[i], norm[i], factors[i]); });
+    with_sums(dtype_of(weight[i]),
+              [&](auto zero) { make_factors<decltype(zero)>(item, grad[i], norm[i], factors[i]); });
     const bool with_scale = needs_scale && item.scaled;
     std::vector<int64_t> sizes{0};
     if (needs_weight && weight[i].dim() == 2)
@@ -174,7 +175,8 @@ std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, 
       sizes = {item.matrix.cols};
     const Tensor dw = torch::stable::new_empty(weight[i], sizes);
     dscale.push_back(torch::stable::new_empty(weight[i], {with_scale ? item.features() : 0}, sums));
-    jobs.push_back(make_backward_job(item, factors[i], needs_weight ? &dw : nullptr, with_scale ? &dscale[i] : nullptr));
+    jobs.push_back(
+        make_backward_job(item, factors[i], needs_weight ? &dw : nullptr, with_scale ? &dscale[i] : nullptr));
     const int64_t bytes = needs_weight ? jobs[i].rows * jobs[i].cols * element_size(jobs[i].dtype) : 0;
     advise_large_pages(jobs[i].dweight, bytes);
     out_bytes += bytes;

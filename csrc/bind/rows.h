@@ -12,7 +12,7 @@ namespace ppnet {
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// A matrix whose last axis is contiguous: the tensor itself, or its transpose where its first axis is the contiguous one.
+// A matrix whose last axis is contiguous: the tensor itself, or its transpose where its first axis is contiguous.
 struct Matrix {
   Tensor tensor;       // as given, or a contiguous copy where neither axis is contiguous
   bool transposed = false;  // the matrix is tensor.t()
@@ -21,8 +21,8 @@ struct Matrix {
   int64_t stride = 0;          // elements between rows
 };
 
-// Checks of lists of tensors. `at`: "src[3]", for messages; `absent`: the empty tensor that stands for none; `arithmetic`: the
-// dtype of sums and factors.
+// Checks of lists of tensors. `at`: "src[3]", for messages; `absent`: the empty tensor that stands for none;
+// `arithmetic`: the dtype of sums and factors.
 std::string at(const char* list, size_t i);
 bool absent(const Tensor& t);
 torch::headeronly::ScalarType arithmetic(torch::headeronly::ScalarType dtype);
@@ -47,8 +47,8 @@ struct RowsItem {
   bool writes_out = true;  // false where size is 0: only the dot is asked for
 };
 
-std::vector<RowsItem> gather_items(const Tensors& src, const Tensors& idx, Tensors& scale, const std::vector<int64_t>& dim,
-                                   bool cuda);
+std::vector<RowsItem> gather_items(const Tensors& src, const Tensors& idx, Tensors& scale,
+                                   const std::vector<int64_t>& dim, bool cuda);
 std::vector<RowsItem> scatter_items(const Tensors& grad, const Tensors& idx, Tensors& scale,
                                     const std::vector<int64_t>& dim, const std::vector<int64_t>& size,
                                     const Tensors& weight, bool cuda);

@@ -62,7 +62,8 @@ Tensor check_idx(const char* op, const Tensor& idx, size_t i, const Tensor& firs
 }
 
 // Makes scale[i] contiguous in place and returns it, or null where it is absent.
-const Tensor* check_scale(const char* op, Tensor& scale, size_t i, int64_t kept, ScalarType dtype, const Tensor& first) {
+const Tensor* check_scale(const char* op, Tensor& scale, size_t i, int64_t kept, ScalarType dtype,
+                          const Tensor& first) {
   if (absent(scale)) return nullptr;
   STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == kept, op, ": ", at("scale", i), " has shape ", shape(scale),
                   "; it must be (K,) = (", kept, ",), or empty for no scale");

@@ -18,7 +18,8 @@ using torch::headeronly::ScalarType;
 
 void* current_stream(int32_t device) {
   void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA: its current stream is unknown");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "this torch has no CUDA: its current stream is unknown");
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }

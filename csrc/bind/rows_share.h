@@ -22,8 +22,9 @@ struct Load {
 };
 
 // Calls thread() once on every thread, and what it returns with (i, first, last) for units [first, last) of loads[i].
-// Shares are of about equal bytes, so that one large tensor and many small ones both balance, and a thread takes the next
-// one when it is done: where another process holds a core, the other threads go on. No result may depend on who computed it.
+// Shares are of about equal bytes, so that one large tensor and many small ones both balance, and a thread takes the
+// next one when it is done: where another process holds a core, the other threads go on. No result may depend on who
+// computed it.
 template <class Thread>
 void share(const std::vector<Load>& loads, const Thread& thread) {
   std::vector<int64_t> start{0};  // of every load, on an axis of bytes

@@ -1,5 +1,5 @@
-// Activations on a vector of floats or on a double: the value, or the value f and the derivative. kShort: precise enough
-// for results that are rounded to 16 bits (vec_math.h).
+// Activations on a vector of floats or on a double: the value, or the value f and the derivative. kShort: precise
+// enough for results that are rounded to bf16 (vec_math.h).
 // Included only by files of csrc/cpu, which are compiled once per instruction set: everything has internal linkage.
 #pragma once
 
@@ -11,51 +11,57 @@ namespace {
 struct Silu {
   template <bool kShort, class V>
   static V value(V x) {
-    return x / (constant<V>(1) + e_to<kShort>(-x));
+    return share_of(x, e_to<kShort>(x, -1));
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    const V s = logistic<kShort>(x);
+    const V one = constant<V>(1), s = share_of(one, e_to<kShort>(x, -1));
     f = x * s;
-    slope = fma(f, constant<V>(1) - s, s);
+    slope = fma(f, one - s, s);
   }
 };
 
 struct Gelu {
   template <bool kShort, class V>
   static V value(V x) {
+    if constexpr (kShort) return share_of(x, short_normal_odds(x));
     V bell;
-    return x * normal_cdf<kShort>(x, bell);
+    return x * normal_cdf(x, bell);
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    V bell;
-    const V p = normal_cdf<kShort>(x, bell);
+    V bell, p;
+    if constexpr (kShort) {
+      bell = e_to<true>(x * x, -0.5);
+      p = share_of(constant<V>(1), short_normal_odds(x));
+    } else {
+      p = normal_cdf(x, bell);
+    }
     f = x * p;
     slope = fma(x * bell, constant<V>(0.39894228040143267794), p);
   }
 };
 
-// 1/2 (1 + tanh y) = logistic(2 y), which keeps its relative precision where tanh y is near -1.
+// 1/2 (1 + tanh y) = 1 / (1 + e^-2y), which keeps its relative precision where tanh y is near -1.
 struct GeluTanh {
   static constexpr double kLinear = 1.5957691216057307117, kCubic = 0.044715;  // 2 sqrt(2 / pi)
+  // Of 2y.
   template <class V>
-  static V twice_y(V x) {
-    return constant<V>(kLinear) * fma(constant<V>(kCubic) * x * x, x, x);
+  static V slope_of_y(V x, double cubic) {
+    return fma(x * x, constant<V>(kLinear * cubic), constant<V>(kLinear));
   }
   template <bool kShort, class V>
   static V value(V x) {
-    return x / (constant<V>(1) + e_to<kShort>(-twice_y(x)));
+    return share_of(x, e_to<kShort>(x * slope_of_y(x, kCubic), -1));
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    const V one = constant<V>(1), zero = constant<V>(0), t = twice_y(x);
+    const V one = constant<V>(1), zero = constant<V>(0), t = x * slope_of_y(x, kCubic);
     // s and 1 - s from e^-|t|: the slope of y is so large that 1 - s must not cancel.
-    const V e = e_to<kShort>(-max(t, -t)), large = one / (one + e), small = e * large;
+    const V e = e_to<kShort>(absolute(t), -1), large = one / (one + e), small = e * large;
     const V s = if_less(t, zero, small, large), rest = if_less(t, zero, large, small);
     f = x * s;
-    const V slope_of_y = constant<V>(kLinear) * fma(constant<V>(3 * kCubic) * x, x, one);
-    slope = fma(f * rest, slope_of_y, s);
+    slope = fma(f * rest, slope_of_y(x, 3 * kCubic), s);
   }
 };
 

@@ -7,12 +7,19 @@ namespace ppnet {
 namespace PPNET_ISA {
 namespace {
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Walks over n elements: step.line(i) for a cache line of the output, step.some(i, m) for the m <= lanes elements at a time
-// after them and, with kStream, before the first line of `out`.
+// Fetches what a row needs next: a core follows a stream of loads only to the end of a page, and computes too much per
+// line to look so far ahead itself. Rows of an input usually follow each other; a fetch past its end does nothing.
+inline void fetch(const void* p) {
+  constexpr int64_t kAhead = 3072;  // bytes
+  __builtin_prefetch(static_cast<const char*>(p) + kAhead, 0, 2);
+}
+
+// Walks over n elements: step.line(i) for a cache line of the output, step.some(i, m) for the m <= lanes elements at a
+// time after them and, with kStream, before the first line of `out`.
 template <bool kStream, class T, class Step>
 inline void over_row(const T* out, int64_t n, const Step& step) {
   constexpr int64_t lanes = Vector<T>::lanes;
@@ -40,13 +47,15 @@ struct Forward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
   static constexpr int64_t lanes = Vector<T>::lanes;
-  static constexpr bool kShort = sizeof(T) == 2;
+  static constexpr bool kShort = kRoundsShort<T>;
   const T *up, *gate;
   const C* z;
   T* h;
 
   static V value(V up, V gate) { return kGate ? A::template value<kShort>(gate) * up : A::template value<kShort>(up); }
   void line(int64_t i) const {
+    fetch(up + i);
+    if (kGate) fetch(gate + i);
     V out[kLine<T> / lanes];
     for (V& x : out) {
       x = value(load(up + i), kGate ? load(gate + i) : V{});
@@ -67,7 +76,7 @@ struct Backward {
   using V = typename Vector<T>::type;
   using C = arithmetic_t<T>;
   static constexpr int64_t lanes = Vector<T>::lanes;
-  static constexpr bool kShort = sizeof(T) == 2;
+  static constexpr bool kShort = kRoundsShort<T>;
   const T *dh, *up, *gate;
   const C* z;
   T *dup, *dgate;
@@ -85,9 +94,13 @@ struct Backward {
   }
   void line(int64_t i) const {
     const int64_t start = i;
+    fetch(dh + i);
+    fetch(up + i);
+    if (kGate) fetch(gate + i);
     V to_up[kLine<T> / lanes], to_gate[kLine<T> / lanes];
     for (int64_t j = 0; j < kLine<T> / lanes; ++j, i += lanes) {
-      const Result r = value(load(dh + i), load(up + i), kGate ? load(gate + i) : V{}, z ? load(z + i) : constant<V>(1));
+      const V factor = z ? load(z + i) : constant<V>(1);
+      const Result r = value(load(dh + i), load(up + i), kGate ? load(gate + i) : V{}, factor);
       to_up[j] = r.dup;
       to_gate[j] = r.dgate;
       if (partial) store(partial + i, load(partial + i) + r.dz);
@@ -96,15 +109,15 @@ struct Backward {
     if (kGate && dgate) put_line<kStream>(dgate + start, to_gate);
   }
   void some(int64_t i, int64_t n) const {
-    const Result r =
-        value(load(dh + i, n), load(up + i, n), kGate ? load(gate + i, n) : V{}, z ? load(z + i, n) : constant<V>(1));
+    const V factor = z ? load(z + i, n) : constant<V>(1);
+    const Result r = value(load(dh + i, n), load(up + i, n), kGate ? load(gate + i, n) : V{}, factor);
     if (dup) put(dup + i, r.dup, n);
     if (kGate && dgate) put(dgate + i, r.dgate, n);
     if (partial) store(partial + i, load(partial + i, n) + r.dz, n);
   }
 };
 
-// ---- tiles -----------------------------------------------------------------------------------------------------------
+// ---- tiles ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 inline T* at(char* base, int64_t row, int64_t col, int64_t stride) {
@@ -155,7 +168,7 @@ void backward(const GatedActJob& job, const Tile& tile) {
   }
 }
 
-// ---- from run time to compile time ---------------------------------------------------------------------------------------
+// ---- from run time to compile time ----------------------------------------------------------------------------------
 
 template <class A, bool kGate, class T>
 void run(const GatedActJob& job, int64_t begin, int64_t end, bool streamed, bool is_backward) {

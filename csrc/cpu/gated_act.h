@@ -30,12 +30,13 @@ struct GatedActJob {
 };
 
 // The grain in which work is divided: kActRows rows, whole where there are many (memory is then read and written in
-// order: 75 % of copy bandwidth, in tiles of 2048 columns 54 %). dz is summed within blocks of rows and then over the blocks in a fixed
-// tree, so its value does not depend on the number of threads.
+// order: 75 % of copy bandwidth, in tiles of 2048 columns 54 %). dz is summed within blocks of rows and then over the
+// blocks in a fixed tree, so its value does not depend on the number of threads.
 constexpr int64_t kActRows = 32;
 constexpr int64_t kActCols = 1024;
 
-// Work on tiles [begin, end), block of rows by block of rows. `streamed`: the outputs are larger than the cache, so write around it.
+// Work on tiles [begin, end), block of rows by block of rows. `streamed`: the outputs are larger than the
+// cache, so write around it.
 PPNET_KERNEL(void gated_act(const GatedActJob& job, int64_t begin, int64_t end, bool streamed))
 PPNET_KERNEL(void gated_act_backward(const GatedActJob& job, int64_t begin, int64_t end, bool streamed))
 // dz = the sum of `partial`, which it overwrites.

@@ -90,7 +90,8 @@ void square_columns(const Rows<T, N>& rows, int64_t n, C<T>* sums) {
 }
 
 // out[j][i] = row[j][i] * factor[j] * col_factor[i], where there is an output; and, over i < n:
-// kByRow: sums[j] = sum of row[j][i]^2 * col_factor[i]; otherwise sums[i] += row[j][i]^2 * factor[j], where there are sums.
+// kByRow: sums[j] = sum of row[j][i]^2 * col_factor[i]; otherwise sums[i] += row[j][i]^2 * factor[j], where there are
+// sums.
 template <class T, bool kByRow, int N>
 void differentiate(const Rows<T, N>& rows, int64_t n, C<T>* sums, bool stream) {
   vector_t<T> sum_of[N][kVectors<T>] = {};

@@ -21,8 +21,8 @@ struct RowNormsJob {
   char* dweight;           // gradient: contiguous, or null
 };
 
-// Rows are summed one by one; columns over blocks of rows, in strips whose sums stay in the first-level cache. What is summed in
-// one go depends on nothing but the shape, so no result depends on the number of threads.
+// Rows are summed one by one; columns over blocks of rows, in strips whose sums stay in the first-level cache. What is
+// summed in one go depends on nothing but the shape, so no result depends on the number of threads.
 constexpr int64_t kNormRows = 4, kBlockRows = 256, kStripCols = 2048;
 
 static inline int64_t norm_blocks(const RowNormsJob& job) { return (job.rows + kBlockRows - 1) / kBlockRows; }

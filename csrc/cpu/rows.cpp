@@ -7,7 +7,7 @@ namespace ppnet {
 namespace PPNET_ISA {
 namespace {
 
-// --- rows: whole rows are copied, kStreams of them side by side -------------------------------------------------------
+// --- rows: whole rows are copied, kStreams of them side by side -----------------------------------------------------
 
 template <class T, Scale kScale, bool kDot>
 void move_group(const Move<T>* row, arithmetic_t<T>* const* dot, int count, int64_t n, bool stream) {
@@ -33,8 +33,12 @@ void gather_whole(const RowsJob& job, int64_t begin, int64_t end, bool stream) {
     const int count = static_cast<int>(min(kStreams, end - k));
     Move<T> row[kStreams];
     for (int j = 0; j < count; ++j)
-      row[j] = {out + (k + j) * job.cols, source_row<T>(job, job.index[k + j]), scale ? scale + k + j : nullptr, nullptr,
-                source_row<T>(job, job.index[min(k + j + kStreams, job.kept - 1)]), nullptr};
+      row[j] = {out + (k + j) * job.cols,
+                source_row<T>(job, job.index[k + j]),
+                scale ? scale + k + j : nullptr,
+                nullptr,
+                source_row<T>(job, job.index[min(k + j + kStreams, job.kept - 1)]),
+                nullptr};
     move_group<T, kScale, false>(row, nullptr, count, job.cols, stream);
   }
 }
@@ -81,7 +85,7 @@ void scatter_whole(const RowsJob& job, int64_t begin, int64_t end, bool stream) 
   }
 }
 
-// --- columns: kStreams rows at a time, block by block through a scratch buffer in the first-level cache -----------------
+// --- columns: kStreams rows at a time, block by block through a scratch buffer in the first-level cache --------------
 
 template <class T>
 constexpr int64_t kBlock = kColumnBlock / static_cast<int64_t>(sizeof(T));
@@ -186,7 +190,8 @@ void gather_compressed(const RowsJob& job, int64_t r, bool stream, T* scratch) {
     done += kBlock<T>;
     fill -= kBlock<T>;
     for (int j = 0; j < N; ++j)
-      memcpy(scratch + j * kScratchRow<T>, scratch + j * kScratchRow<T> + kBlock<T>, static_cast<size_t>(fill) * sizeof(T));
+      memcpy(scratch + j * kScratchRow<T>, scratch + j * kScratchRow<T> + kBlock<T>,
+             static_cast<size_t>(fill) * sizeof(T));
   }
   put_columns<T, N>(job, r, done, fill, scratch, stream);
 }

@@ -18,7 +18,7 @@ struct RowsJob {
   char* out;              // contiguous; null: scatter computes only the dot
   int64_t rows, cols;     // of the output (of the full tensor where `out` is null)
   int64_t kept, full;     // K, F
-  const int32_t* index;   // gather: idx (K); rows of scatter: slot (F), the k of every full row, -1 where there is none;
+  const int32_t* index;   // gather: idx (K); rows of scatter: slot (F), the k of every full row, -1 where none is kept;
                           // columns of scatter: the kept columns (K), increasing
   const int32_t* order;   // columns of scatter: the k of each of `index`; null where that is 0, 1, 2, ...
   const uint64_t* mask;   // columns, where idx is increasing: bit f is set when column f is kept; otherwise null
@@ -29,8 +29,8 @@ struct RowsJob {
   void* partial;          // columns of scatter with a weight: (units, F)
 };
 
-// Rows of a unit of columns, the grain in which work is divided. Partial dots of columns are summed per unit, so their value does
-// not depend on the number of threads.
+// Rows of a unit of columns, the grain in which work is divided. Partial dots of columns are summed per unit, so their
+// value does not depend on the number of threads.
 constexpr int64_t kColumnUnit = 64;
 
 // Rows of a unit of whole rows: as many as the kernels copy side by side.

@@ -11,8 +11,8 @@ template <class T>
 constexpr int64_t kPerLine = kLine / static_cast<int64_t>(sizeof(T));
 
 // How many rows are read side by side, and how far ahead (bytes). One stream of loads leaves the memory idle: a core
-// follows it only to the end of a page, and waits there. Four streams, prefetched into the second-level cache, read at the
-// bandwidth of a plain copy; into the first level they would wait for its few miss buffers.
+// follows it only to the end of a page, and waits there. Four streams, prefetched into the second-level cache, read at
+// the bandwidth of a plain copy; into the first level they would wait for its few miss buffers.
 constexpr int kStreams = 4;
 constexpr int64_t kAhead = 2048;
 

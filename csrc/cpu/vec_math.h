@@ -15,6 +15,7 @@ inline void store(double* p, double x, int64_t n) {
 }
 inline double fma(double a, double b, double c) { return a * b + c; }
 inline double max(double a, double b) { return a > b ? a : b; }  // keeps NaN in b, as max of vectors does
+inline double absolute(double a) { return __builtin_fabs(a); }
 inline double if_less(double a, double b, double x, double y) { return a < b ? x : y; }
 
 // The vector that T is computed in, and its number of elements.
@@ -70,7 +71,13 @@ inline void stream_line(float* p, const vfloat* x) { _mm512_stream_ps(p, x[0]); 
 inline void stream_halves(void* p, __m256i low, __m256i high) {
   _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
+#if defined(__AVX512BF16__)
+inline void stream_line(bf16_t* p, const vfloat* x) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x[1], x[0])));
+}
+#else
 inline void stream_line(bf16_t* p, const vfloat* x) { stream_halves(p, round_bf16(x[0]), round_bf16(x[1])); }
+#endif
 inline void stream_line(f16_t* p, const vfloat* x) { stream_halves(p, narrow_f16(x[0]), narrow_f16(x[1])); }
 #elif defined(__x86_64__)
 inline void stream_line(float* p, const vfloat* x) {
@@ -102,82 +109,78 @@ inline void finish_stream() {
 #endif
 }
 
-// kShort: for results that are rounded to 16 bits, relative error 1e-5 instead of 1e-7. Fewer operations: on these the
-// processors compute no faster than memory delivers.
-template <bool kShort>
-inline double e_to(double x) {
-  return __builtin_exp(x);
+// c[0] x^n + c[1] x^(n - 1) ... + c[n], in Horner's order: it has the fewest operations, and schemes with
+// shorter chains of dependent ones were slower.
+template <int kCount>
+inline vfloat polynomial(vfloat x, const float (&c)[kCount]) {
+  vfloat p = splat(c[0]);
+  for (int i = 1; i < kCount; ++i) p = fma(p, x, splat(c[i]));
+  return p;
 }
 
-// e^x as exp of vec.h has it (error about one unit in the last place, gradual underflow, NaN kept), with a shorter chain of
-// dependent operations: where nothing else is computed it is what an activation waits for. e^r - 1 - r was fitted by a
-// polynomial of degree 6 (4: kShort) on |r| <= ln(2) / 2, relative error 3e-9 (5e-6).
-template <bool kShort>
-inline vfloat e_to(vfloat x) {
-  x = max(splat(-104.0f), min(splat(89.0f), x));
-  const vfloat n = round_even(x * splat(1.44269504088896341f));
-  const vfloat one = splat(1.0f);
-  vfloat p;
-  if (kShort) {
-    const vfloat r = fma(n, splat(-0.693147181f), x);
-    p = fma(fma(splat(0.0412773657f), r, splat(0.167536008f)), r, splat(0.500051262f));
-    p = fma(fma(p, r, one), r, one);
-  } else {
-    vfloat r = fma(n, splat(-0.693359375f), x);
-    r = fma(n, splat(2.12194440e-4f), r);
-    const vfloat high = fma(splat(0.00138145396f), r, splat(0.00836874516f));
-    const vfloat low = fma(splat(0.0416683908f), r, splat(0.166665204f));
-    p = fma(fma(fma(fma(high, r * r, low), r, splat(0.499999934f)), r, one), r, one);
-  }
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, n);
-#else
-  const vint whole = to_int(n), part = half_of(whole);
-  return p * power_of_two(part) * power_of_two(minus(whole, part));
+// kShort: for results that are rounded to bf16, whose rounding has a relative error of 4e-3: 2e-4 instead of 1e-7, and
+// half the operations. On the others a processor computes no faster than memory delivers.
+template <class T>
+constexpr bool kRoundsShort = false;
+template <>
+constexpr bool kRoundsShort<bf16_t> = true;
+
+// 2^t, relative error 7.5e-5: 2^r was fitted by a cubic on |r| <= 1/2.
+inline vfloat short_two_to(vfloat t) {
+#if !defined(__AVX512F__)
+  t = max(splat(-150.0f), min(splat(129.0f), t));
 #endif
+  const vfloat n = round_even(t);
+  return times_power_of_two(polynomial(t - n, {0.0551715323f, 0.242612068f, 0.693261077f, 0.999928017f}), n);
 }
 
-// 1 / (1 + e^-x).
-template <bool kShort, class V>
-inline V logistic(V x) {
-  const V one = constant<V>(1);
-  return one / (one + e_to<kShort>(-x));
+// e^(scale x). Where x is infinite it is 0 or infinity, and a NaN is kept.
+template <bool kShort>
+inline double e_to(double x, double scale = 1) {
+  return __builtin_exp(scale * x);
+}
+template <bool kShort>
+inline vfloat e_to(vfloat x, double scale = 1) {
+  constexpr double kLog2e = 1.44269504088896340736;
+  if constexpr (kShort) return short_two_to(x * splat(static_cast<float>(scale * kLog2e)));
+  return exp(x * splat(static_cast<float>(scale)));
+}
+
+// x / (1 + odds): for the odds against p, x p.
+template <class V>
+inline V share_of(V x, V odds) {
+  return x / (constant<V>(1) + odds);
+}
+
+// The odds against p = the standard normal distribution function of x, (1 - p) / p. Their logarithm was fitted by
+// -x R(|x|) up to 6: the error of p is 1e-4 p, or 1e-10 (torch's own is 1e-7).
+inline vfloat short_normal_odds(vfloat x) {
+  const vfloat size = min(splat(6.0f), absolute(x));
+  const float r[] = {5.00375434e-05f, -0.00110950221f, 0.00884778794f, -0.0232758491f,
+                     -0.0761462769f,  -0.0157899276f,  -2.29934733f};
+  return short_two_to(x * polynomial(size, r));
 }
 
 // Standard normal distribution function of x; `bell` is e^(-x^2 / 2).
-template <bool kShort>
 inline double normal_cdf(double x, double& bell) {
-  bell = e_to<kShort>(-0.5 * x * x);
+  bell = __builtin_exp(-0.5 * x * x);
   return 0.5 * __builtin_erfc(-0.70710678118654752440 * x);
 }
 
-// The same in floats. Around 0 it is 1/2 + x R(x^2), elsewhere e^(-x^2/2) t Q(t), t = 1 / (1 + 0.265 |x|), for -|x|, so that
-// both tails keep their relative precision. R and Q were fitted to scipy's ndtr and erfcx: relative errors 5e-10, 1.4e-8.
-// kShort has the latter alone, with t = 1 / (1 + 0.46 |x|) and a shorter Q: 9e-6.
-template <bool kShort>
+// The same in floats. Around 0 it is 1/2 + x R(x^2), elsewhere e^(-x^2/2) t Q(t), t = 1 / (1 + 0.265 |x|), for -|x|, so
+// that both tails keep their relative precision. R and Q were fitted to scipy's ndtr and erfcx: relative errors 5e-10,
+// 1.4e-8.
 inline vfloat normal_cdf(vfloat x, vfloat& bell) {
   const vfloat one = splat(1.0f), square = x * x;
-  bell = e_to<kShort>(splat(-0.5f) * square);
-  const vfloat size = max(x, -x);
-  if (kShort) {
-    const vfloat t = one / fma(splat(0.46f), size, one);
-    vfloat q = splat(0.0722283677f);
-    const float lower[] = {-0.236545587f, 0.177802185f, 0.116106161f, 0.18706683f, 0.183346329f};
-    for (float c : lower) q = fma(q, t, splat(c));
-    q = q * t * bell;
-    return if_less(x, splat(0.0f), q, one - q);
-  }
+  bell = exp(splat(-0.5f) * square);
+  const vfloat size = absolute(x);
   const vfloat t = one / fma(splat(0.265f), size, one);
-  vfloat q = splat(0.0306245191f);
-  const float lower_q[] = {-0.143300848f, 0.215950778f, -0.114286844f, 0.136555179f,
-                           0.060894929f,  0.10255511f,  0.105266776f,  0.105740398f};
-  for (float c : lower_q) q = fma(q, t, splat(c));
-  const vfloat tail = q * t * bell;
-  vfloat r = splat(-7.66260872e-06f);
-  const float lower_r[] = {0.00011350748f, -0.00118634853f, 0.00997333011f, -0.0664903608f, 0.39894228f};
-  for (float c : lower_r) r = fma(r, square, splat(c));
+  const float q[] = {0.0306245191f, -0.143300848f, 0.215950778f, -0.114286844f, 0.136555179f,
+                     0.060894929f,  0.10255511f,   0.105266776f, 0.105740398f};
+  const float r[] = {-7.66260872e-06f, 0.00011350748f, -0.00118634853f, 0.00997333011f, -0.0664903608f, 0.39894228f};
+  const vfloat tail = polynomial(t, q) * (t * bell);
   const vfloat outer = if_less(x, splat(0.0f), tail, one - tail);
-  return if_less(size, one, fma(r, x, splat(0.5f)), outer);
+  return if_less(size, one, fma(polynomial(square, r), x, splat(0.5f)), outer);
 }
 
 }  // namespace
