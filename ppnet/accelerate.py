@@ -15,8 +15,10 @@ from torch import nn
 from ppnet.attention import DECODING, use_attention
 from ppnet.binding import GatedLeaf, patch_leaf, unpatch_leaf
 from ppnet.decode import fuse_mlps, unfuse_mlp
+from ppnet.decode_blocks import fuse_blocks, unfuse
 from ppnet.errors import UnsupportedModelError
 from ppnet.families import FAMILIES
+from ppnet.pages import use_large_pages
 from ppnet.units import Leaf, Site
 from ppnet.wrap import ACCELERATED, engine_of, is_accelerated, is_wrapped
 
@@ -27,7 +29,8 @@ def accelerate(model: Model) -> Model:
     """Puts the decode operators under a model, in place: generation then reads each kept weight once per token.
 
     Weights whose units are inputs (down and o projections) are stored unit by unit from now on: the same parameter, of
-    the same shape, with other strides. No weight is copied, also not when the size changes.
+    the same shape, with other strides. Weights get large pages in place where the system can (Linux 6.1); no weight
+    is copied, also not when the size changes.
 
     Args:
         model: a model of a supported family: dense, compacted, or with gates, at any size.
@@ -60,11 +63,13 @@ def accelerate(model: Model) -> Model:
         cast(GatedLeaf, module)._ppnet_binding.decode = True
     for leaf in leaves.values():
         store_by_unit(model.get_submodule(leaf.name), leaf)
+    use_large_pages(model.parameters())
     model.__dict__[ACCELERATED] = {
         "patched": patched,
         "attention": use_attention(model, DECODING),
-        "blocks": fuse_mlps(model, sites),
+        "mlps": fuse_mlps(model, sites),
     }
+    model.__dict__[ACCELERATED]["blocks"] = fuse_blocks(model, sites)
     if is_wrapped(model):
         engine.stale = True
         engine.fix(engine.fixed)
@@ -90,6 +95,8 @@ def take_off(model: nn.Module) -> None:
     """`decelerate`, leaving a gated model's size to be bound anew by the caller."""
     state = model.__dict__.pop(ACCELERATED)
     for name in state["blocks"]:
+        unfuse(model.get_submodule(name))
+    for name in state["mlps"]:
         unfuse_mlp(model.get_submodule(name))
     for name in state["patched"]:
         unpatch_leaf(cast(nn.Linear, model.get_submodule(name)))

@@ -15,6 +15,8 @@ from ppnet.ops.linear_decode import MOST_TOKENS
 # Names in transformers' registry of attention functions: for training alone (wrapped models, whose dense evaluation is
 # to stay their own to the bit), and for generation too (accelerated models).
 TRAINING, DECODING = "ppnet_training", "ppnet"
+# Arguments of transformers' attention functions that change what is computed.
+SPECIAL = ("position_bias", "softcap", "cache", "s_aux")
 
 
 def attention_forward(
@@ -39,16 +41,16 @@ def attention_forward(
     Returns:
         ``(B, T, H, Dh)``, and None for the weights.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     tokens, context = query.shape[2], key.shape[2]
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     wanted = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = tokens > 1 and attention_mask is None and wanted
-    special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache", "s_aux"))
+    special = bool(kwargs) and any(kwargs.get(name) is not None for name in SPECIAL)
     # The dtypes differ under autocast with a cache, which SDPA refuses as well.
     plain = not dropout and not special and query.dtype == key.dtype == value.dtype
     if query.device.type != "cpu" or not plain or not (learns or decode) or (causal and context != tokens):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )

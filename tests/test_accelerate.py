@@ -218,7 +218,7 @@ def test_activations_are_recognised_by_what_they_do():
 def test_an_unknown_activation_is_left_alone():
     model, ids = tiny("llama", hidden_act="tanh"), token_ids(1, 2)
     expected = logits(model, ids)
-    assert accelerate(model).__dict__["_ppnet_accelerated"]["blocks"] == []
+    assert accelerate(model).__dict__["_ppnet_accelerated"]["mlps"] == []
     assert (logits(model, ids) - expected).abs().max() <= TOLERANCE
 
 

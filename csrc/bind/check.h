@@ -44,6 +44,13 @@ inline void check_floating(const char* op, const std::string& name, const Tensor
                   "; allowed are Float, BFloat16, Half and Double");
 }
 
+// The dtypes of generation.
+inline void check_narrow(const char* op, const std::string& name, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ",
+                  name, " has dtype ", torch::headeronly::toString(dtype), "; allowed are Float, BFloat16 and Half");
+}
+
 inline void check_dtype(const char* op, const std::string& name, const Tensor& t, ScalarType expected,
                         const char* because) {
   STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " has dtype ",

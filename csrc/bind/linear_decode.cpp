@@ -1,4 +1,4 @@
-// linear_decode and linear_t_decode on the CPU: the schemas are in ppnet/ops/linear_decode.py.
+// linear_decode, linears_decode and linear_t_decode on the CPU: the schemas are in ppnet/ops/linear{,s}_decode.py.
 #include "cpu/linear_decode.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,9 +10,10 @@
 namespace ppnet {
 namespace {
 
-LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx) {
-  check_tokens(op, x);
-  check_rows(op, "weight", weight, x.scalar_type());
+constexpr int64_t kRows = 32;  // of a turn of linear_outputs: whole blocks
+
+LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx, const char* name) {
+  check_rows(op, name, weight, x.scalar_type());
   LinearDecode job{};
   job.dtype = dtype_of(x);
   job.tokens = x.size(0);
@@ -26,27 +27,73 @@ LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Opt
 
 int64_t weight_bytes(const LinearDecode& job) { return job.kept * job.width * element_size(job.dtype); }
 
+// A layer whose rows are outputs, without its tokens, and its empty output.
+LinearDecode output_job(const char* op, const Tensor& x, const Tensor& weight, Optional& bias, Optional& idx,
+                        std::vector<Tensor>& y, const char* weight_name, const char* bias_name) {
+  LinearDecode job = make_job(op, x, weight, idx, weight_name);
+  expect_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
+  job.bias = check_bias(op, bias_name, bias, weight.size(0), x.scalar_type());
+  y.push_back(torch::stable::new_empty(x, {job.tokens, job.kept}));
+  job.y = static_cast<char*>(y.back().mutable_data_ptr());
+  return job;
+}
+
+int64_t turns(const LinearDecode& job) { return job.tokens ? (job.kept + kRows - 1) / kRows : 0; }
+
+// All layers of the same tokens in one parallel pass: turns are numbered through.
+void run_outputs(const Tensor& x, std::vector<LinearDecode>& jobs) {
+  int64_t all = 0, bytes = 0;
+  for (const LinearDecode& job : jobs) {
+    all += turns(job);
+    bytes += weight_bytes(job);
+  }
+  if (all == 0) return;
+  Workspace workspace = Workspace::of_this_thread(grouped_bytes(x));
+  const char* tokens = grouped(workspace, x);
+  for (LinearDecode& job : jobs) job.x = tokens;
+  const auto kernel = PPNET_PICK(linear_outputs);
+  take_turns(all, threads_for(bytes), [&](int64_t begin, int64_t end) {
+    for (const LinearDecode& job : jobs) {
+      const int64_t own = turns(job), stop = std::min(end, own);
+      if (begin < own) kernel(job, begin * kRows, std::min(stop * kRows, job.kept));
+      begin = std::max<int64_t>(0, begin - own);
+      end -= own;
+      if (end <= 0) return;
+    }
+  });
+}
+
 Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
   const char* op = "linear_decode";
-  LinearDecode job = make_job(op, x, weight, idx);
-  expect_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
-  job.bias = check_bias(op, "bias", bias, weight.size(0), x.scalar_type());
-  Tensor y = torch::stable::new_empty(x, {job.tokens, job.kept});
-  if (job.tokens == 0 || job.kept == 0) return y;
-  Workspace workspace = Workspace::of_this_thread(grouped_bytes(x));
-  job.x = grouped(workspace, x);
-  job.y = static_cast<char*>(y.mutable_data_ptr());
-  const auto kernel = PPNET_PICK(linear_outputs);
-  constexpr int64_t kRows = 32;  // whole blocks
-  take_turns((job.kept + kRows - 1) / kRows, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) {
-    kernel(job, begin * kRows, std::min(end * kRows, job.kept));
-  });
+  check_tokens(op, x);
+  std::vector<Tensor> y;
+  std::vector<LinearDecode> jobs{output_job(op, x, weight, bias, idx, y, "weight", "bias")};
+  run_outputs(x, jobs);
+  return y[0];
+}
+
+std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std::vector<Optional> bias,
+                                       std::vector<Optional> idx) {
+  const char* op = "linears_decode";
+  check_tokens(op, x);
+  const size_t count = weight.size();
+  STD_TORCH_CHECK(bias.size() == count, op, ": bias has ", bias.size(), " entries, but weight has ", count);
+  STD_TORCH_CHECK(idx.size() == count, op, ": idx has ", idx.size(), " entries, but weight has ", count);
+  std::vector<Tensor> y;
+  std::vector<LinearDecode> jobs;
+  for (size_t i = 0; i < count; ++i) {
+    const std::string at = "[" + std::to_string(i) + "]";
+    jobs.push_back(
+        output_job(op, x, weight[i], bias[i], idx[i], y, ("weight" + at).c_str(), ("bias" + at).c_str()));
+  }
+  run_outputs(x, jobs);
   return y;
 }
 
 Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
   const char* op = "linear_t_decode";
-  LinearDecode job = make_job(op, x, weight, idx);
+  check_tokens(op, x);
+  LinearDecode job = make_job(op, x, weight, idx, "weight");
   expect_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
   const char* bias_data = check_bias(op, "bias", bias, job.width, x.scalar_type());
   const float* factors = check_factors(op, "z", z, job.kept);
@@ -67,6 +114,7 @@ Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx,
 
 STABLE_TORCH_LIBRARY_IMPL(ppnet, CPU, m) {
   m.impl("linear_decode", TORCH_BOX(&linear_decode_cpu));
+  m.impl("linears_decode", TORCH_BOX(&linears_decode_cpu));
   m.impl("linear_t_decode", TORCH_BOX(&linear_t_decode_cpu));
 }
 

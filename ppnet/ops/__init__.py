@@ -7,6 +7,9 @@ from ppnet.ops.gated_mlp import gated_mlp, gated_mlp_ref
 from ppnet.ops.gated_mlp_decode import gated_mlp_decode, gated_mlp_decode_ref
 from ppnet.ops.linear import linear, linear_choice, linear_path, linear_ref, measure_linear
 from ppnet.ops.linear_decode import linear_decode, linear_decode_ref, linear_t_decode, linear_t_decode_ref
+from ppnet.ops.linears_decode import linears_decode, linears_decode_ref
+from ppnet.ops.rms_norm import rms_norm, rms_norm_ref
+from ppnet.ops.rotary import rotary, rotary_ref
 from ppnet.ops.row_norms import row_norms, row_norms_ref
 from ppnet.ops.rows import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
 
@@ -34,7 +37,13 @@ __all__ = [
     "linear_ref",
     "linear_t_decode",
     "linear_t_decode_ref",
+    "linears_decode",
+    "linears_decode_ref",
     "measure_linear",
+    "rms_norm",
+    "rms_norm_ref",
+    "rotary",
+    "rotary_ref",
     "row_norms",
     "row_norms_ref",
     "scatter_rows",

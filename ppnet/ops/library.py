@@ -58,6 +58,8 @@ def follow_autocast(name: str, keep: Collection[int] = ()) -> None:
 
     def rule(device: str) -> Callable[..., Any]:
         def cast(position: int, value: Any, dtype: torch.dtype) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [cast(position, entry, dtype) for entry in value]
             plain = not isinstance(value, Tensor) or position in keep
             if plain or not value.is_floating_point() or value.dtype == torch.float64:
                 return value

@@ -1,0 +1,50 @@
+// rms_norm on the CPU: the schema is in ppnet/ops/rms_norm.py.
+#include "cpu/rms_norm.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "check.h"
+
+namespace ppnet {
+namespace {
+
+// A thread is worth waking for this much memory traffic.
+constexpr int64_t kBytesPerThread = 1 << 17;
+
+Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) {
+  const char* op = "rms_norm";
+  check_cpu(op, "x", x);
+  check_narrow(op, "x", x);
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has shape (); it must be (..., D)");
+  RmsNorm job{};
+  job.dtype = dtype_of(x);
+  job.width = x.size(x.dim() - 1);
+  check_cpu(op, "weight", weight);
+  check_shape(op, "weight", weight, {job.width}, "(D,), D that of x");
+  check_dtype(op, "weight", weight, x.scalar_type(), "that of x");
+  std::vector<int64_t> sizes;
+  int64_t rows = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
+  const Tensor y = torch::stable::new_empty(x, sizes);
+  if (rows == 0 || job.width == 0) return y;
+  const Tensor flat = torch::stable::contiguous(x), scale = torch::stable::contiguous(weight);
+  const int64_t row_bytes = job.width * element_size(job.dtype);
+  job.x = static_cast<const char*>(flat.const_data_ptr());
+  job.weight = static_cast<const char*>(scale.const_data_ptr());
+  job.eps = static_cast<float>(eps);
+  job.y = static_cast<char*>(y.mutable_data_ptr());
+  const auto kernel = PPNET_PICK(rms_norm);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kBytesPerThread / (2 * row_bytes)),
+                              [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ppnet, CPU, m) { m.impl("rms_norm", TORCH_BOX(&rms_norm_cpu)); }
+
+}  // namespace ppnet

@@ -1,0 +1,171 @@
+"""Attention blocks and norms of accelerated models: fewer, larger operators per decoding step.
+
+Between two products a step of a transformers model runs some dozen small kernels, each with its dispatch and, since the
+weights just went through the caches, with cold code. Where a module's arithmetic is known its forward is replaced by
+one that calls an operator for all of them; any call that is not a plain decoding step goes to the class's own forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppnet import ops
+from ppnet.attention import DECODING, attention_forward
+from ppnet.decode import DTYPES, Kept, decodes
+from ppnet.modes import evaluating
+from ppnet.units import Site
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+# What the forward of a supported attention block takes first, by name.
+ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def norm_forward(self: Any, hidden_states: Tensor) -> Any:
+    """Forward of a fused RMSNorm."""
+    x, weight = hidden_states, self.weight
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learns or x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in DTYPES:
+        return type(self).forward(self, x)
+    return ops.rms_norm(x, weight, self._ppnet_eps)
+
+
+def norm_eps(module: nn.Module) -> float | None:
+    """The eps of a module that is named an RMSNorm and has the weight and eps of one; None for any other."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    named = type(module).__name__.endswith("RMSNorm")
+    return eps if named and isinstance(eps, float) and isinstance(weight, nn.Parameter) and weight.dim() == 1 else None
+
+
+def fuse_norm(module: nn.Module) -> bool:
+    """Gives an RMSNorm the fused forward, if it then computes the same on random tokens; returns whether it does."""
+    eps = norm_eps(module)
+    if eps is None:
+        return False
+    module.__dict__["_ppnet_eps"] = eps
+    module.__dict__["forward"] = MethodType(norm_forward, module)
+    weight: Any = module.weight
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    return keep_if_same(module, lambda: module(x))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_block_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Forward of a fused attention block: q, k and v as one operator, then both embeddings as one."""
+    x, leaves = hidden_states, [getattr(self, name) for name in PROJECTIONS]
+    bindings = [leaf._ppnet_binding for leaf in leaves]
+    plain = (
+        self.config._attn_implementation == DECODING
+        and position_embeddings is not None
+        and position_embeddings[0].dtype == x.dtype
+        and not any(binding.overrides for binding in bindings)
+        and not any(leaf._forward_hooks or leaf._forward_pre_hooks for leaf in leaves)
+        and all(decodes(x, leaf.weight) for leaf in leaves)
+    )
+    if not plain:
+        return type(self).forward(self, x, position_embeddings, attention_mask, past_key_values, **kwargs)
+    kept: list[Kept | None] = [binding.kept for binding in bindings]
+    query, key, value = (
+        y.view(*x.shape[:-1], -1, self.head_dim)
+        for y in ops.linears_decode(
+            x.reshape(-1, x.shape[-1]),
+            [leaf.weight for leaf in leaves],
+            [leaf.bias for leaf in leaves],
+            idx=[None if k is None else k.features for k in kept],
+        )
+    )
+    if getattr(self, "q_norm", None) is not None:
+        query, key = self.q_norm(query), self.k_norm(key)
+    query, key = ops.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    value = value.transpose(1, 2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    out, weights = attention_forward(
+        self, query, key, value, attention_mask, scaling=self.scaling, decode=True, **kwargs
+    )
+    return self.o_proj(out.reshape(*x.shape[:-1], -1)), weights
+
+
+def is_known(block: nn.Module) -> bool:
+    """Whether an attention block has the parts and the signature that `attention_block_forward` is written for."""
+    parts = all("_ppnet_binding" in getattr(block, name, nn.Identity()).__dict__ for name in (*PROJECTIONS, "o_proj"))
+    attributes = all(hasattr(block, name) for name in ("config", "head_dim", "layer_idx", "scaling"))
+    taken = tuple(inspect.signature(type(block).forward).parameters)[1 : len(ARGUMENTS) + 1]
+    return parts and attributes and taken == ARGUMENTS
+
+
+def fuse_attention_block(block: Any) -> bool:
+    """Gives an attention block the fused forward, if it then computes the same, with a cache; returns whether."""
+    from transformers import DynamicCache
+
+    if not is_known(block):
+        return False
+    weight = block.q_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, weight.shape[1], generator=generator).to(weight) for _ in range(2)]
+    angles = [torch.rand(2, 2, block.head_dim // 2, generator=generator) for _ in range(2)]
+
+    def steps() -> Tensor:
+        cache, outputs = DynamicCache(), []
+        for x, angle in zip(inputs, angles, strict=True):
+            embedding = tuple(torch.cat([f(angle)] * 2, -1).to(weight) for f in (torch.cos, torch.sin))
+            mask = torch.ones(2, 1, 2, cache.get_seq_length(block.layer_idx) + 2, dtype=torch.bool).tril(
+                cache.get_seq_length(block.layer_idx)
+            )
+            out, _ = block(x, position_embeddings=embedding, attention_mask=mask, past_key_values=cache)
+            outputs.append(out)
+        return torch.cat(outputs)
+
+    block.__dict__["forward"] = MethodType(attention_block_forward, block)
+    return keep_if_same(block, steps)
+
+
+# ---- all of a model --------------------------------------------------------------------------------------------------
+
+
+def keep_if_same(module: nn.Module, run: Callable[[], Tensor]) -> bool:
+    """Whether `run` gives the same with the module's fused forward as with its class's; takes the former off if not."""
+    fused = module.__dict__["forward"]
+    with suppress(Exception):  # a module that is called in another way stays as it is
+        ours = run()
+        del module.__dict__["forward"]
+        own = run()
+        tolerance = 1e-4 if own.dtype == torch.float32 else 4e-2
+        if bool((ours - own).abs().max() <= tolerance * own.abs().max()):
+            module.__dict__["forward"] = fused
+            return True
+    unfuse(module)
+    return False
+
+
+@torch.no_grad()
+def fuse_blocks(model: nn.Module, sites: Iterable[Site]) -> list[str]:
+    """Fuses every norm and attention block that is known; returns their names."""
+    with evaluating(model):
+        fused = [name for name, module in model.named_modules() if fuse_norm(module)]
+        blocks = [site.block for site in sites if site.kind == "kv_group"]
+        return fused + [name for name in blocks if fuse_attention_block(model.get_submodule(name))]
+
+
+def unfuse(module: nn.Module) -> None:
+    module.__dict__.pop("_ppnet_eps", None)
+    module.__dict__.pop("forward", None)
