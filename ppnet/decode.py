@@ -50,6 +50,18 @@ def decodes(x: Tensor, rows: Tensor) -> bool:
     )
 
 
+def is_plain(block: nn.Module, leaves: Iterable[str]) -> bool:
+    """Whether a block may compute for its leaves: no child has hooks, no leaf is replaced or overridden."""
+    for child in block._modules.values():
+        if child is not None and (child._forward_hooks or child._forward_pre_hooks):
+            return False
+    for name in leaves:
+        binding = getattr(block, name).__dict__.get("_ppnet_binding")
+        if binding is None or binding.overrides:
+            return False
+    return True
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool, kept: Kept | None) -> Tensor:
     """A linear layer over its kept units, from its whole weight.
 
@@ -86,6 +98,10 @@ class MlpParts:
     act: str
     dropout: bool
 
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return (self.up, self.down) if self.gate is None else (self.up, self.down, self.gate)
+
 
 def unit_rows(module: Any, by_input: bool) -> Tensor:
     """A linear module's weight with one row per unit, ``(F, D)``: a view of it."""
@@ -109,15 +125,15 @@ def recognise(activation: nn.Module) -> str | None:
 def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Forward of a fused MLP: one operator, unless a leaf was given other weights or the call is not a plain one."""
     parts: MlpParts = self._ppnet_mlp
+    plain = not args and not kwargs and not (self.training and parts.dropout) and is_plain(self, parts.leaves)
+    if not plain or x.device.type != "cpu":
+        return type(self).forward(self, x, *args, **kwargs)
     up, down = getattr(self, parts.up), getattr(self, parts.down)
     gate = None if parts.gate is None else getattr(self, parts.gate)
     binding = down._ppnet_binding
     kept: Kept | None = binding.kept
-    # Dense evaluation is the class's own, to the bit; so are dropout, and hooks on what would not be called.
-    wanted = torch.is_grad_enabled() or binding.decode or kept is not None
-    hooked = any(child._forward_hooks or child._forward_pre_hooks for child in self.children())
-    special = args or kwargs or hooked or binding.overrides or (self.training and parts.dropout)
-    if not wanted or special or x.device.type != "cpu":
+    # Dense evaluation is the class's own, to the bit.
+    if not (torch.is_grad_enabled() or binding.decode or kept is not None):
         return type(self).forward(self, x, *args, **kwargs)
     weights = (unit_rows(up, False), unit_rows(down, True), None if gate is None else unit_rows(gate, False))
     options = {

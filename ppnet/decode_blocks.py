@@ -11,14 +11,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ppnet import ops
 from ppnet.attention import DECODING, attention_forward
-from ppnet.decode import DTYPES, Kept, decodes
+from ppnet.decode import DTYPES, Kept, decodes, is_plain
 from ppnet.modes import evaluating
 from ppnet.units import Site
 
@@ -71,31 +71,24 @@ def attention_block_forward(
     **kwargs: Any,
 ) -> Any:
     """Forward of a fused attention block: q, k and v as one operator, then both embeddings as one."""
-    x, leaves = hidden_states, [getattr(self, name) for name in PROJECTIONS]
-    bindings = [leaf._ppnet_binding for leaf in leaves]
-    plain = (
-        self.config._attn_implementation == DECODING
-        and position_embeddings is not None
-        and position_embeddings[0].dtype == x.dtype
-        and not any(binding.overrides for binding in bindings)
-        and not any(leaf._forward_hooks or leaf._forward_pre_hooks for leaf in leaves)
-        and all(decodes(x, leaf.weight) for leaf in leaves)
-    )
-    if not plain:
+    x = hidden_states
+    plain = position_embeddings is not None and position_embeddings[0].dtype == x.dtype and is_plain(self, PROJECTIONS)
+    leaves = [getattr(self, name) for name in PROJECTIONS]
+    if not (plain and all(decodes(x, leaf.weight) for leaf in leaves) and self.config._attn_implementation == DECODING):
         return type(self).forward(self, x, position_embeddings, attention_mask, past_key_values, **kwargs)
-    kept: list[Kept | None] = [binding.kept for binding in bindings]
-    query, key, value = (
-        y.view(*x.shape[:-1], -1, self.head_dim)
-        for y in ops.linears_decode(
-            x.reshape(-1, x.shape[-1]),
-            [leaf.weight for leaf in leaves],
-            [leaf.bias for leaf in leaves],
-            idx=[None if k is None else k.features for k in kept],
-        )
+    kept: list[Kept | None] = [leaf._ppnet_binding.kept for leaf in leaves]
+    outputs = ops.linears_decode(
+        x.reshape(-1, x.shape[-1]),
+        [leaf.weight for leaf in leaves],
+        [leaf.bias for leaf in leaves],
+        idx=[None if k is None else k.features for k in kept],
     )
-    if getattr(self, "q_norm", None) is not None:
+    heads = (*x.shape[:-1], -1, self.head_dim)
+    query, key, value = (y.view(heads) for y in outputs)
+    if "q_norm" in self._modules:
         query, key = self.q_norm(query), self.k_norm(key)
-    query, key = ops.rotary(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    cos, sin = cast(tuple[Tensor, Tensor], position_embeddings)
+    query, key = ops.rotary(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     value = value.transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)

@@ -71,15 +71,16 @@ const char* check_bias(const char* op, const char* name, Optional& bias, int64_t
   return static_cast<const char*>(bias->const_data_ptr());
 }
 
-const int64_t* check_idx(const char* op, Optional& idx, int64_t n) {
+const int64_t* check_idx(const char* op, Optional& idx, int64_t n, const char* name) {
   if (!idx) return nullptr;
-  check_cpu(op, "idx", *idx);
-  check_dtype(op, "idx", *idx, ScalarType::Long, "indices are int64");
-  expect_shape(op, "idx", *idx, {-1}, "(K,)");
+  check_cpu(op, name, *idx);
+  check_dtype(op, name, *idx, ScalarType::Long, "indices are int64");
+  expect_shape(op, name, *idx, {-1}, "(K,)");
   make_contiguous(idx);
   const int64_t* values = idx->const_data_ptr<int64_t>();
   for (int64_t k = 0, kept = idx->size(0); k < kept; ++k)
-    STD_TORCH_CHECK(values[k] >= 0 && values[k] < n, op, ": idx[", k, "] is ", values[k], "; allowed are 0 .. ", n - 1);
+    STD_TORCH_CHECK(values[k] >= 0 && values[k] < n, op, ": ", name, "[", k, "] is ", values[k],
+                    "; allowed are 0 .. ", n - 1);
   return values;
 }
 

@@ -50,7 +50,7 @@ void check_rows(const char* op, const char* name, const Tensor& weight, ScalarTy
 // A bias (N,) of x's dtype, contiguous in place; null where absent.
 const char* check_bias(const char* op, const char* name, Optional& bias, int64_t n, ScalarType dtype);
 // idx (K,) int64 in [0, n), contiguous in place; null where absent.
-const int64_t* check_idx(const char* op, Optional& idx, int64_t n);
+const int64_t* check_idx(const char* op, Optional& idx, int64_t n, const char* name = "idx");
 // Factors (K,) float32, contiguous in place; null where absent.
 const float* check_factors(const char* op, const char* name, Optional& factors, int64_t kept);
 // x: (T, width) with 0 <= T <= kMostTokens, f32, bf16 or f16.

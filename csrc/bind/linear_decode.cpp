@@ -12,15 +12,20 @@ namespace {
 
 constexpr int64_t kRows = 32;  // of a turn of linear_outputs: whole blocks
 
-LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx, const char* name) {
-  check_rows(op, name, weight, x.scalar_type());
+// What the arguments of a layer are called in errors.
+struct Names {
+  std::string weight = "weight", bias = "bias", idx = "idx";
+};
+
+LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx, const Names& names) {
+  check_rows(op, names.weight.c_str(), weight, x.scalar_type());
   LinearDecode job{};
   job.dtype = dtype_of(x);
   job.tokens = x.size(0);
   job.width = weight.size(1);
   job.weight = static_cast<const char*>(weight.const_data_ptr());
   job.stride = weight.stride(0) * element_size(job.dtype);
-  job.idx = check_idx(op, idx, weight.size(0));
+  job.idx = check_idx(op, idx, weight.size(0), names.idx.c_str());
   job.kept = idx ? idx->size(0) : weight.size(0);
   return job;
 }
@@ -29,10 +34,10 @@ int64_t weight_bytes(const LinearDecode& job) { return job.kept * job.width * el
 
 // A layer whose rows are outputs, without its tokens, and its empty output.
 LinearDecode output_job(const char* op, const Tensor& x, const Tensor& weight, Optional& bias, Optional& idx,
-                        std::vector<Tensor>& y, const char* weight_name, const char* bias_name) {
-  LinearDecode job = make_job(op, x, weight, idx, weight_name);
+                        const Names& names, std::vector<Tensor>& y) {
+  LinearDecode job = make_job(op, x, weight, idx, names);
   expect_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
-  job.bias = check_bias(op, bias_name, bias, weight.size(0), x.scalar_type());
+  job.bias = check_bias(op, names.bias.c_str(), bias, weight.size(0), x.scalar_type());
   y.push_back(torch::stable::new_empty(x, {job.tokens, job.kept}));
   job.y = static_cast<char*>(y.back().mutable_data_ptr());
   return job;
@@ -67,7 +72,7 @@ Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
   const char* op = "linear_decode";
   check_tokens(op, x);
   std::vector<Tensor> y;
-  std::vector<LinearDecode> jobs{output_job(op, x, weight, bias, idx, y, "weight", "bias")};
+  std::vector<LinearDecode> jobs{output_job(op, x, weight, bias, idx, Names{}, y)};
   run_outputs(x, jobs);
   return y[0];
 }
@@ -83,8 +88,8 @@ std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std
   std::vector<LinearDecode> jobs;
   for (size_t i = 0; i < count; ++i) {
     const std::string at = "[" + std::to_string(i) + "]";
-    jobs.push_back(
-        output_job(op, x, weight[i], bias[i], idx[i], y, ("weight" + at).c_str(), ("bias" + at).c_str()));
+    const Names names{"weight" + at, "bias" + at, "idx" + at};
+    jobs.push_back(output_job(op, x, weight[i], bias[i], idx[i], names, y));
   }
   run_outputs(x, jobs);
   return y;
@@ -93,7 +98,7 @@ std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std
 Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
   const char* op = "linear_t_decode";
   check_tokens(op, x);
-  LinearDecode job = make_job(op, x, weight, idx, "weight");
+  LinearDecode job = make_job(op, x, weight, idx, Names{});
   expect_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
   const char* bias_data = check_bias(op, "bias", bias, job.width, x.scalar_type());
   const float* factors = check_factors(op, "z", z, job.kept);

@@ -94,6 +94,8 @@ def decode_calls() -> dict[str, Call]:
     query = randn(2, 32, tokens, 128, dtype=dtype)
     key, value = randn(2, 8, 1000, 128, dtype=dtype), randn(2, 8, 1000, 128, dtype=dtype)
 
+    angles = randn(1, 1000, 128, dtype=dtype)
+
     def padded(width: int) -> int:  # a token in its dtype and in float32
         return (2 + 4) * tokens * (width + 64)
 
@@ -101,9 +103,12 @@ def decode_calls() -> dict[str, Call]:
     attention = 4 * 2 * 32 * tokens * 2 * (128 + 2) + threads() * (72 * 1024 + 4 * (32 // 8) * tokens * (128 + 512))
     return {
         "linear_decode": Call(lambda: ops.linear_decode(x, up, idx=idx), padded(WIDTH)),
+        "linears_decode": Call(lambda: ops.linears_decode(x, [up, gate], idx=[idx, None]), padded(WIDTH)),
         "linear_t_decode": Call(lambda: ops.linear_t_decode(h, down, idx=idx, z=z), padded(KEPT) + sums),
         "gated_mlp_decode": Call(lambda: ops.gated_mlp_decode(x, up, down, gate, idx=idx, z=z), padded(WIDTH) + sums),
         "gated_attention_decode": Call(lambda: ops.gated_attention_decode(query, key, value), attention),
+        "rms_norm": Call(lambda: ops.rms_norm(up, up[0], 1e-6)),
+        "rotary": Call(lambda: ops.rotary(key, value[:, :5], angles, angles)),
     }
 
 

@@ -238,6 +238,49 @@ def linear_decode(inputs):
     )
 
 
+def linears_decode(inputs):
+    dtype, d = inputs.pick(HALF_OR_FLOAT), inputs.size()
+    arguments, rows = {"x": inputs.floating((inputs.size(8), d), dtype), "weight": [], "bias": [], "idx": []}, []
+    for _ in range(inputs.draw(st.integers(0, 4))):
+        f = inputs.size()
+        arguments["weight"].append(inputs.floating((f, d), dtype, ROW_LAYOUTS))
+        arguments["bias"].append(inputs.maybe((f,), dtype))
+        arguments["idx"].append(inputs.index(inputs.size(), f) if inputs.flag() else None)
+        rows.append(f)
+    return Case(
+        "linears_decode",
+        ops.linears_decode,
+        ops.linears_decode_ref,
+        arguments,
+        magnitude=ops.linears_decode_ref,
+        indices={"idx": rows},
+    )
+
+
+def rms_norm(inputs):
+    inputs.infinite = False  # whether infinity over infinity or the overflow of the squares is seen first is open
+    shape, dtype = (*leading(inputs), inputs.size()), inputs.pick(HALF_OR_FLOAT)
+    arguments = {"x": inputs.floating(shape, dtype), "weight": inputs.floating(shape[-1:], dtype)}
+    arguments["eps"] = inputs.pick([1e-5, 1e-2])
+    return Case("rms_norm", ops.rms_norm, ops.rms_norm_ref, arguments, rounds_between=True)
+
+
+def rotary(inputs):
+    batch, tokens, width, dtype = inputs.size(3), inputs.size(9), 2 * inputs.size(40), inputs.pick(HALF_OR_FLOAT)
+    angles = (inputs.pick([1, batch]), tokens, width)
+    return Case(
+        "rotary",
+        ops.rotary,
+        ops.rotary_ref,
+        {
+            "query": inputs.floating((batch, inputs.size(5), tokens, width), dtype),
+            "key": inputs.floating((batch, inputs.size(5), tokens, width), dtype),
+            "cos": inputs.floating(angles, dtype),
+            "sin": inputs.floating(angles, dtype),
+        },
+    )
+
+
 def linear_t_decode(inputs):
     dtype, f, d = inputs.pick(HALF_OR_FLOAT), inputs.size(), inputs.size()
     idx = inputs.index(inputs.size(), f) if inputs.flag() else None
@@ -261,7 +304,8 @@ def linear_t_decode(inputs):
 
 OPERATORS = (
     gather_rows, scatter_rows, row_norms, row_norms_backward, gated_act, gated_act_backward, gated_mlp, linear,
-    linear_decode, linear_t_decode, gated_mlp_decode, gated_attention_decode, gated_attention, gated_attention_backward,
+    linear_decode, linears_decode, linear_t_decode, rms_norm, rotary, gated_mlp_decode, gated_attention_decode,
+    gated_attention, gated_attention_backward,
 )  # fmt: skip
 
 

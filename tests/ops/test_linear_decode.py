@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppnet.extension as extension
-from ppnet.ops import linear_decode, linear_decode_ref, linear_t_decode, linear_t_decode_ref
+from ppnet.ops import linear_decode, linear_decode_ref, linear_t_decode, linear_t_decode_ref, linears_decode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (7, 172), (172, 7), (300, 517), (65, 4096), (2100, 33)]  # rows, elements of a row
@@ -139,3 +139,50 @@ def test_errors_of_linear_t_decode():
         linear_t_decode(torch.randn(1, 4), W, z=torch.rand(4).bfloat16())
     with pytest.raises(RuntimeError, match=r"x has shape \(1, 4\); it must be \(T, K\), K the entries of idx"):
         linear_t_decode(torch.randn(1, 4), W, idx=torch.tensor([0, 1]))
+
+
+# --- several layers at once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [[], [5], [1, 300, 65], [0, 7, 0, 172], [2048, 512, 512]])
+def test_several_layers_are_one_after_the_other(rows, dtype, isa, threads):
+    """To the bit: each row is summed in the same order, whatever it shares a pass with."""
+    weights = [torch.randn(n, 172).to(dtype) for n in rows]
+    for tokens in (0, 1, 3, 8):
+        x = torch.randn(tokens, 172).to(dtype)
+        for with_bias, part in ((False, False), (True, False), (True, True)):
+            bias = [torch.randn(n).to(dtype) if with_bias and i % 2 else None for i, n in enumerate(rows)]
+            idx = [torch.randperm(n)[: n // 2 | 1] if part and i % 2 == 0 and n else None for i, n in enumerate(rows)]
+            together = linears_decode(x, weights, bias, idx=idx)
+            alone = [linear_decode(x, w, b, idx=i) for w, b, i in zip(weights, bias, idx, strict=True)]
+            assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def test_tracing_compile_and_autocast_of_several_layers():
+    x, weights, idx = torch.randn(2, 48), [torch.randn(30, 48), torch.randn(7, 48)], torch.tensor([4, 2, 29])
+    torch.library.opcheck(torch.ops.ppnet.linears_decode, (x, weights, [torch.randn(30), None], [idx, None]))
+    traced = torch.compile(lambda x: linears_decode(x, weights, idx=[idx, None]), fullgraph=True, backend="aot_eager")
+    for one, other in zip(traced(x), linears_decode(x, weights, idx=[idx, None]), strict=True):
+        assert torch.equal(one, other)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        halves = linears_decode(x, weights)
+    for one, weight in zip(halves, weights, strict=True):
+        assert torch.equal(one, linear_decode(x.bfloat16(), weight.bfloat16()))
+
+
+@compiled
+@pytest.mark.parametrize(
+    "bias, idx, message",
+    [
+        ([None], None, "bias has 1 entries, but weight has 2"),
+        (None, [None] * 3, "idx has 3 entries, but weight has 2"),
+        ([None, torch.randn(5)], None, r"bias\[1\] has shape \(5,\); it must be one entry per output = \(4,\)"),
+        (None, [None, torch.tensor([4])], r"idx\[1\]\[0\] is 4; allowed are 0 \.\. 3"),
+    ],
+)
+def test_errors_of_several_layers(bias, idx, message):
+    with pytest.raises(RuntimeError, match=f"linears_decode: {message}"):
+        linears_decode(X, [W, W], bias, idx=idx)
+    with pytest.raises(RuntimeError, match=r"linears_decode: weight\[1\] has dtype Half"):
+        linears_decode(X, [W, W.half()])
