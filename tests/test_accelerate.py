@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import MODEL_TYPES, tiny, token_ids
 from transformers import AutoModelForCausalLM
 
-from ppnet import accelerate, compact, decelerate, resize, unwrap, wrap
+import ppnet.extension as extension
+from ppnet import accelerate, compact, decelerate, pages, resize, unwrap, wrap
 from ppnet.decode import recognise
 from ppnet.errors import UnsupportedModelError
 from ppnet.units import leaf_module
@@ -36,6 +39,9 @@ def used(monkeypatch):
     for module, name in (
         ("ppnet.ops", "gated_mlp_decode"),
         ("ppnet.ops", "linear_decode"),
+        ("ppnet.ops", "linears_decode"),
+        ("ppnet.ops", "rms_norm"),
+        ("ppnet.ops", "rotary"),
         ("ppnet.ops", "linear_t_decode"),
         ("ppnet.attention", "gated_attention_decode"),
     ):
@@ -63,7 +69,8 @@ def test_dense_model_decodes_the_same(model_type, used):
     assert torch.equal(generate(model, ids), tokens)
     assert torch.equal(generate(model, ids, attention_mask=mask), padded)
     assert torch.equal(generate(model, ids, cache_implementation="static"), tokens)
-    assert set(used) == {"gated_mlp_decode", "linear_decode", "linear_t_decode", "gated_attention_decode"}
+    everywhere = {"gated_mlp_decode", "linear_decode", "linear_t_decode", "gated_attention_decode"}
+    assert set(used) == everywhere | (set() if model_type == "gpt2" else {"linears_decode", "rms_norm", "rotary"})
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -220,6 +227,60 @@ def test_an_unknown_activation_is_left_alone():
     expected = logits(model, ids)
     assert accelerate(model).__dict__["_ppnet_accelerated"]["mlps"] == []
     assert (logits(model, ids) - expected).abs().max() <= TOLERANCE
+
+
+class Adapter(torch.nn.Module):
+    """As PEFT puts one in the place of a linear layer."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.extra = torch.nn.Parameter(torch.full_like(base.weight, 0.05))
+
+    def forward(self, x):
+        return self.base(x) + torch.nn.functional.linear(x, self.extra)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_adapters_and_hooks_are_heeded(name):
+    ids = token_ids(2, 4)
+    block, _, leaf = name.rpartition(".")
+    results = []
+    for faster in (False, True):
+        model = tiny("llama")
+        if faster:
+            accelerate(model)
+        parent = model.model.layers[1].get_submodule(block)
+        handle = getattr(parent, leaf).register_forward_hook(lambda module, args, output: 2 * output)
+        results.append([logits(model, ids)])
+        handle.remove()
+        setattr(parent, leaf, Adapter(getattr(parent, leaf)))
+        results[-1].append(logits(model, ids))
+    for ours, own in zip(*results, strict=True):
+        assert (ours - own).abs().max() <= 4 * TOLERANCE
+    assert (results[0][0] - results[0][1]).abs().max() > 1e-3
+
+
+def test_another_attention_is_heeded():
+    model, ids = tiny("qwen3"), token_ids(2, 4)
+    expected = logits(model, ids)
+    accelerate(model).set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(ids, output_attentions=True)
+    assert (out.logits - expected).abs().max() <= TOLERANCE
+    assert out.attentions[0].shape == (2, model.config.num_attention_heads, 4, 4)
+
+
+@pytest.mark.skipif(not pages.available(), reason="no large pages here")
+def test_weights_get_large_pages_in_place():
+    weights = [torch.randn(3 << 10, 1 << 10), torch.randn(8)]
+    before = [(weight.data_ptr(), weight.clone()) for weight in weights]
+    pages.use_large_pages(weights)
+    for weight, (address, values) in zip(weights, before, strict=True):
+        assert weight.data_ptr() == address and torch.equal(weight, values)
+    if extension.host().use_large_pages(weights[0].data_ptr(), weights[0].nbytes):
+        found = re.search(r"AnonHugePages:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())
+        assert found is not None and int(found[1]) >= 8 << 10
 
 
 def test_refusals_leave_the_model_alone():
