@@ -29,8 +29,9 @@ def accelerate(model: Model) -> Model:
     """Puts the decode operators under a model, in place: generation then reads each kept weight once per token.
 
     Weights whose units are inputs (down and o projections) are stored unit by unit from now on: the same parameter, of
-    the same shape, with other strides. Weights get large pages in place where the system can (Linux 6.1); no weight
-    is copied, also not when the size changes.
+    the same shape, with other strides, which `decelerate` leaves as they are. (What wants contiguous weights, as
+    safetensors' save_file does, takes `weight.contiguous()`; save_pretrained does that itself.) Weights get large pages
+    in place where the system can (Linux 6.1). Nothing is copied when the size changes.
 
     Args:
         model: a model of a supported family: dense, compacted, or with gates, at any size.
@@ -41,39 +42,66 @@ def accelerate(model: Model) -> Model:
         products. Results differ from the model's own by rounding (sums are kept in float32 throughout).
 
     Raises:
-        UnsupportedModelError: an unknown family, or already accelerated. The model is unchanged then.
+        UnsupportedModelError: an unknown family, already accelerated in whole or in part, or without its weights. The
+            model is unchanged then.
     """
+    sites = accelerable(model)
+    state: dict[str, Any] = {"patched": [], "attention": None, "mlps": [], "blocks": []}
+    model.__dict__[ACCELERATED] = state
+    try:
+        put_on(model, sites, state)
+    except BaseException:
+        take_off(model)
+        raise
+    if is_wrapped(model):
+        engine = engine_of(model)
+        engine.stale = True
+        engine.fix(engine.fixed)
+    return model
+
+
+def accelerable(model: nn.Module) -> tuple[Site, ...]:
+    """The sites of a model that can be accelerated. Raises UnsupportedModelError."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"model: got {type(model).__name__}; it must be a transformers model, as AutoModelForCausalLM loads one."
+        )
     if is_accelerated(model):
         raise UnsupportedModelError(
             f"model: this {type(model).__name__} is already accelerated; use it as it is, or call "
             "ppnet.decelerate(model) first."
         )
     sites = engine_of(model).puppet.structure.sites if is_wrapped(model) else _sites(model)
-    if is_wrapped(model):
-        engine = engine_of(model)
-        engine.by_index = True
+    part = next((name for name, module in model.named_modules() if is_accelerated(module)), None)
+    if part is not None:
+        raise UnsupportedModelError(
+            f"model: its part {part!r} is already accelerated; call ppnet.decelerate on that first."
+        )
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None:
+        raise UnsupportedModelError(f"model: {empty} is on the meta device; load the weights first.")
+    return sites
+
+
+def put_on(model: nn.Module, sites: tuple[Site, ...], state: dict[str, Any]) -> None:
+    """Puts the operators under a model; `state` tells at every moment what is to be taken off again."""
+    wrapped = is_wrapped(model)
+    if wrapped:
+        engine_of(model).by_index = True
     leaves = {leaf.name: leaf for site in sites for leaf in site.leaves}
-    patched: list[str] = []
     for name, module in model.named_modules():
         if name not in leaves and type(module) is not nn.Linear:
             continue
-        if name not in leaves or not is_wrapped(model):
+        if name not in leaves or not wrapped:
             patch_leaf(cast(nn.Linear, module), by_input=name in leaves and leaves[name].role == "out")
-            patched.append(name)
+            state["patched"].append(name)
         cast(GatedLeaf, module)._ppnet_binding.decode = True
     for leaf in leaves.values():
         store_by_unit(model.get_submodule(leaf.name), leaf)
     use_large_pages(model.parameters())
-    model.__dict__[ACCELERATED] = {
-        "patched": patched,
-        "attention": use_attention(model, DECODING),
-        "mlps": fuse_mlps(model, sites),
-    }
-    model.__dict__[ACCELERATED]["blocks"] = fuse_blocks(model, sites)
-    if is_wrapped(model):
-        engine.stale = True
-        engine.fix(engine.fixed)
-    return model
+    state["attention"] = use_attention(model, DECODING)
+    state["mlps"] = fuse_mlps(model, sites)
+    state["blocks"] = fuse_blocks(model, sites)
 
 
 def decelerate(model: Model) -> Model:
@@ -94,13 +122,13 @@ def decelerate(model: Model) -> Model:
 def take_off(model: nn.Module) -> None:
     """`decelerate`, leaving a gated model's size to be bound anew by the caller."""
     state = model.__dict__.pop(ACCELERATED)
-    for name in state["blocks"]:
-        unfuse(model.get_submodule(name))
-    for name in state["mlps"]:
-        unfuse_mlp(model.get_submodule(name))
-    for name in state["patched"]:
-        unpatch_leaf(cast(nn.Linear, model.get_submodule(name)))
-    if state["attention"] is not None:
+    modules = dict(model.named_modules())  # some may have been removed since
+    for names, restore in ((state["blocks"], unfuse), (state["mlps"], unfuse_mlp), (state["patched"], unpatch_leaf)):
+        for name in names:
+            if name in modules:
+                restore(cast(nn.Linear, modules[name]))
+    config = getattr(model, "config", None)
+    if state["attention"] is not None and getattr(config, "_attn_implementation", None) == DECODING:
         cast(Any, model).set_attn_implementation(state["attention"])
     if is_wrapped(model):
         engine = engine_of(model)

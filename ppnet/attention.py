@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ppnet.modes import transformed
 from ppnet.ops.gated_attention import gated_attention
 from ppnet.ops.gated_attention_decode import gated_attention_decode
-from ppnet.ops.linear_decode import MOST_TOKENS
+from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
 
 # Names in transformers' registry of attention functions: for training alone (wrapped models, whose dense evaluation is
 # to stay their own to the bit), and for generation too (accelerated models).
@@ -47,14 +49,16 @@ def attention_forward(
     causal = tokens > 1 and attention_mask is None and wanted
     special = bool(kwargs) and any(kwargs.get(name) is not None for name in SPECIAL)
     # The dtypes differ under autocast with a cache, which SDPA refuses as well.
-    plain = not dropout and not special and query.dtype == key.dtype == value.dtype
+    plain = not dropout and not special and query.dtype == key.dtype == value.dtype and not transformed()
     if query.device.type != "cpu" or not plain or not (learns or decode) or (causal and context != tokens):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    if not learns and tokens <= MOST_TOKENS and (causal or tokens == 1 or attention_mask is not None):
+    few = statically_known_true(tokens <= MOST_TOKENS) if torch.compiler.is_compiling() else tokens <= MOST_TOKENS
+    ruled = causal or tokens == 1 or attention_mask is not None
+    if not learns and few and ruled and query.dtype in DTYPES:
         out = gated_attention_decode(query, key, value, mask=attention_mask, scale=scaling)
     else:
         out = gated_attention(query, key, value, mask=attention_mask, is_causal=causal, scale=scaling)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppnet import ops
 from ppnet.decode import Kept, linear
+from ppnet.modes import transformed
 from ppnet.units import Leaf, Site, leaf_module
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Binding:
         if self.capture is not None:
             self.capture.append(input)
             return input.new_zeros((*input.shape[:-1], self.features))
+        if transformed() and self.kept is None:
+            return nn.functional.linear(input, weight, bias)
         if self.decode and self.weight is None:
             return linear(input, weight, bias, self.by_input, self.kept)
         if self.weight is None and not torch.is_grad_enabled():
@@ -142,7 +145,8 @@ def patch_leaf(module: nn.Linear | Conv1D, by_input: bool) -> Binding:
     linear_module = isinstance(module, nn.Linear)
     binding = Binding(module.weight.shape[0 if linear_module else 1], by_input)
     module.__dict__["_ppnet_binding"] = binding
-    module.__dict__["forward"] = MethodType(linear_forward if linear_module else conv1d_forward, module)
+    forward: Any = linear_forward if linear_module else conv1d_forward
+    module.__dict__["forward"] = partial(forward, module)  # not a method: it would not survive pickling
     return binding
 
 

@@ -7,21 +7,22 @@ matrix product. An MLP whose parts are known is one operator: `gated_mlp_decode`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn.modules.module import _has_any_global_hook
 
 from ppnet import ops
+from ppnet.modes import evaluating, transformed
 from ppnet.ops.gated_act import ACTS
 from ppnet.ops.gated_act import activation as named_activation
-from ppnet.ops.linear_decode import MOST_TOKENS
+from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
 from ppnet.units import Site
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,26 +38,38 @@ class Kept:
     gate: Tensor | None = None
 
 
-def decodes(x: Tensor, rows: Tensor) -> bool:
-    """Whether the decode operators do a product of x ``(..., D)`` with a weight that is read by `rows`."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == rows.dtype
-        and x.dtype in DTYPES
-        and x.numel() <= MOST_TOKENS * x.shape[-1]
-        and rows.stride(1) == 1
-        and not (torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-    )
+def decodes(x: Tensor, rows: Iterable[Tensor], others: Iterable[Tensor | None] = ()) -> bool:
+    """Whether the decode operators do the products of x ``(..., D)`` with weights that are read by `rows`.
+
+    Args:
+        others: what else goes into them (biases, gates): nothing may want a gradient.
+    """
+    dtype = x.dtype
+    few = x.numel() <= MOST_TOKENS * x.shape[-1]
+    if torch.compiler.is_compiling():
+        few = statically_known_true(few)  # a graph for any number of tokens has the library's products
+    if not few or dtype not in DTYPES or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    for weight in rows:
+        if weight.dtype != dtype or weight.stride(1) != 1:
+            return False
+    return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *rows, *others))
 
 
 def is_plain(block: nn.Module, leaves: Iterable[str]) -> bool:
-    """Whether a block may compute for its leaves: no child has hooks, no leaf is replaced or overridden."""
+    """Whether a block may compute for its leaves: they are what they were, and not calling them goes unnoticed.
+
+    Hooks would, and torch.func.
+    """
+    if _has_any_global_hook() or transformed():
+        return False
     for child in block._modules.values():
-        if child is not None and (child._forward_hooks or child._forward_pre_hooks):
+        if child is not None and (
+            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        ):
             return False
     for name in leaves:
-        binding = getattr(block, name).__dict__.get("_ppnet_binding")
+        binding = block._modules[name].__dict__.get("_ppnet_binding")
         if binding is None or binding.overrides:
             return False
     return True
@@ -71,7 +84,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool, kept:
     """
     rows = weight.t() if by_input else weight
     features, gate = (None, None) if kept is None else (kept.features, kept.gate)
-    if decodes(x, rows):
+    if decodes(x, (rows,), (bias, gate)):
         flat = x.reshape(-1, x.shape[-1])
         if by_input:
             y = ops.linear_t_decode(flat, rows, bias, idx=features, z=gate)
@@ -88,15 +101,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_input: bool, kept:
 # ---- MLPs ------------------------------------------------------------------------------------------------------------
 
 
+# Tensors of `gated_mlp` beside x and the weights.
+OTHERS = ("up_bias", "gate_bias", "down_bias", "z")
+
+
 @dataclass(frozen=True)
 class MlpParts:
-    """An MLP as `gated_mlp` computes it: names of its linear modules, its activation, whether it drops out."""
+    """An MLP as `gated_mlp` computes it: names of its linear modules and its activation's module, and what that is."""
 
     up: str
     down: str
     gate: str | None
+    fn: str
     act: str
-    dropout: bool
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -123,10 +140,10 @@ def recognise(activation: nn.Module) -> str | None:
 
 
 def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Forward of a fused MLP: one operator, unless a leaf was given other weights or the call is not a plain one."""
+    """Forward of a fused MLP: one operator, unless a child is not what it was or the call is not a plain one."""
     parts: MlpParts = self._ppnet_mlp
-    plain = not args and not kwargs and not (self.training and parts.dropout) and is_plain(self, parts.leaves)
-    if not plain or x.device.type != "cpu":
+    known = is_plain(self, parts.leaves) and self._modules[parts.fn].__dict__.get("_ppnet_act") == parts.act
+    if args or kwargs or not known or x.device.type != "cpu" or (self.training and drops_out(self)):
         return type(self).forward(self, x, *args, **kwargs)
     up, down = getattr(self, parts.up), getattr(self, parts.down)
     gate = None if parts.gate is None else getattr(self, parts.gate)
@@ -144,15 +161,21 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         "z": None if kept is None else kept.gate,
         "act": parts.act,
     }
-    if binding.decode and decodes(x, weights[0]) and weights[1].stride(1) == 1:
+    rows, others = [w for w in weights if w is not None], [options[name] for name in OTHERS]
+    if binding.decode and decodes(x, rows, others):
         return ops.gated_mlp_decode(x.reshape(-1, x.shape[-1]), *weights, **options).view(x.shape)
     return ops.gated_mlp(x, *weights, **options)
+
+
+def drops_out(block: nn.Module) -> bool:
+    return any(isinstance(child, nn.Dropout) and child.p > 0 for child in block._modules.values())
 
 
 def fuse_mlp(block: nn.Module, parts: MlpParts) -> None:
     """Gives an MLP the fused forward."""
     block.__dict__["_ppnet_mlp"] = parts
-    block.__dict__["forward"] = MethodType(mlp_forward, block)
+    block.get_submodule(parts.fn).__dict__["_ppnet_act"] = parts.act
+    block.__dict__["forward"] = partial(mlp_forward, block)
 
 
 def mlp_parts(block: nn.Module, site: Site) -> MlpParts | None:
@@ -164,45 +187,46 @@ def mlp_parts(block: nn.Module, site: Site) -> MlpParts | None:
     names = {leaf.role: leaf.name.removeprefix(prefix) for leaf in site.leaves if leaf.name.startswith(prefix)}
     if len(names) < len(site.leaves) or not {"up", "out"} <= names.keys() <= {"gate", "up", "out"}:
         return None
-    others = [module for name, module in block.named_children() if name not in names.values()]
-    dropouts = [other for other in others if isinstance(other, nn.Dropout)]
-    acts = {recognise(other) for other in others if not isinstance(other, nn.Dropout)}
-    act = next(iter(acts)) if len(acts) == 1 else None
-    dropout = any(each.p > 0 for each in dropouts)
-    return None if act is None else MlpParts(names["up"], names["out"], names.get("gate"), act, dropout)
+    rest = {name: child for name, child in block.named_children() if name not in names.values()}
+    acts = {name: recognise(child) for name, child in rest.items() if not isinstance(child, nn.Dropout)}
+    if len(acts) != 1:
+        return None
+    ((fn, act),) = acts.items()
+    return None if act is None else MlpParts(names["up"], names["out"], names.get("gate"), fn, act)
 
 
-@torch.no_grad()
 def fuse_mlps(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     """Fuses every MLP whose parts are known and whose result is then the same; returns the names of these blocks."""
     fused = []
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for site in sites:
             block = model.get_submodule(site.block)
             parts = mlp_parts(block, site) if site.kind == "neuron" and "_ppnet_mlp" not in block.__dict__ else None
             if parts is None:
                 continue
             fuse_mlp(block, parts)
-            if computes_the_same(block, parts):
+            weight = unit_rows(block.get_submodule(parts.up), False)
+            x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+            if computes_the_same(block, partial(block, x)):
                 fused.append(site.block)
             else:
                 unfuse_mlp(block)
-    finally:
-        model.train(training)
     return fused
 
 
 def unfuse_mlp(block: nn.Module) -> None:
-    block.__dict__.pop("_ppnet_mlp", None)
     block.__dict__.pop("forward", None)
+    parts = block.__dict__.pop("_ppnet_mlp", None)
+    if parts is not None and parts.fn in block._modules:
+        block._modules[parts.fn].__dict__.pop("_ppnet_act", None)
 
 
-def computes_the_same(block: nn.Module, parts: MlpParts) -> bool:
-    """Whether a fused MLP agrees with the forward of its class on random tokens."""
-    weight = unit_rows(block.get_submodule(parts.up), False)
-    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    ours, own = cast(Tensor, block(x)), cast(Any, type(block)).forward(block, x)
-    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 4e-2
+def computes_the_same(module: nn.Module, run: Callable[[], Tensor]) -> bool:
+    """Whether `run` gives the same with a module's fused forward as with its class's, up to rounding."""
+    ours, fused = run(), module.__dict__.pop("forward")
+    try:
+        own = run()
+    finally:
+        module.__dict__["forward"] = fused
+    tolerance = 1e-4 if own.dtype in (torch.float32, torch.float64) else 4e-2
     return bool((ours - own).abs().max() <= tolerance * own.abs().max())

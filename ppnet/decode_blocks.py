@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from types import MethodType
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ppnet import ops
 from ppnet.attention import DECODING, attention_forward
-from ppnet.decode import DTYPES, Kept, decodes, is_plain
-from ppnet.modes import evaluating
+from ppnet.decode import DTYPES, Kept, computes_the_same, decodes, is_plain, linear
+from ppnet.modes import evaluating, transformed
 from ppnet.units import Site
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")
 # What the forward of a supported attention block takes first, by name.
 ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
 
@@ -34,7 +34,8 @@ def norm_forward(self: Any, hidden_states: Tensor) -> Any:
     """Forward of a fused RMSNorm."""
     x, weight = hidden_states, self.weight
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if learns or x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in DTYPES:
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in DTYPES
+    if learns or not plain or transformed():
         return type(self).forward(self, x)
     return ops.rms_norm(x, weight, self._ppnet_eps)
 
@@ -53,10 +54,10 @@ def fuse_norm(module: nn.Module) -> bool:
     if eps is None:
         return False
     module.__dict__["_ppnet_eps"] = eps
-    module.__dict__["forward"] = MethodType(norm_forward, module)
+    module.__dict__["forward"] = partial(norm_forward, module)
     weight: Any = module.weight
     x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    return keep_if_same(module, lambda: module(x))
+    return kept_if_same(module, partial(module, x))
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -72,15 +73,16 @@ def attention_block_forward(
 ) -> Any:
     """Forward of a fused attention block: q, k and v as one operator, then both embeddings as one."""
     x = hidden_states
-    plain = position_embeddings is not None and position_embeddings[0].dtype == x.dtype and is_plain(self, PROJECTIONS)
-    leaves = [getattr(self, name) for name in PROJECTIONS]
-    if not (plain and all(decodes(x, leaf.weight) for leaf in leaves) and self.config._attn_implementation == DECODING):
+    known = position_embeddings is not None and position_embeddings[0].dtype == x.dtype and is_plain(self, LEAVES)
+    leaves = self.q_proj, self.k_proj, self.v_proj
+    weights, biases = [leaf.weight for leaf in leaves], [leaf.bias for leaf in leaves]
+    if not known or not decodes(x, weights, biases) or self.config._attn_implementation != DECODING:
         return type(self).forward(self, x, position_embeddings, attention_mask, past_key_values, **kwargs)
     kept: list[Kept | None] = [leaf._ppnet_binding.kept for leaf in leaves]
     outputs = ops.linears_decode(
         x.reshape(-1, x.shape[-1]),
-        [leaf.weight for leaf in leaves],
-        [leaf.bias for leaf in leaves],
+        weights,
+        biases,
         idx=[None if k is None else k.features for k in kept],
     )
     heads = (*x.shape[:-1], -1, self.head_dim)
@@ -92,16 +94,18 @@ def attention_block_forward(
     value = value.transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
-    out, weights = attention_forward(
-        self, query, key, value, attention_mask, scaling=self.scaling, decode=True, **kwargs
-    )
-    return self.o_proj(out.reshape(*x.shape[:-1], -1)), weights
+    dropout = self.attention_dropout if self.training else 0.0
+    out, _ = attention_forward(self, query, key, value, attention_mask, dropout, self.scaling, decode=True, **kwargs)
+    last = self.o_proj
+    return linear(out.flatten(2), last.weight, last.bias, True, last._ppnet_binding.kept), None
 
 
 def is_known(block: nn.Module) -> bool:
     """Whether an attention block has the parts and the signature that `attention_block_forward` is written for."""
-    parts = all("_ppnet_binding" in getattr(block, name, nn.Identity()).__dict__ for name in (*PROJECTIONS, "o_proj"))
-    attributes = all(hasattr(block, name) for name in ("config", "head_dim", "layer_idx", "scaling"))
+    parts = all("_ppnet_binding" in getattr(block, name, nn.Identity()).__dict__ for name in LEAVES)
+    attributes = all(
+        hasattr(block, name) for name in ("config", "head_dim", "layer_idx", "scaling", "attention_dropout")
+    )
     taken = tuple(inspect.signature(type(block).forward).parameters)[1 : len(ARGUMENTS) + 1]
     return parts and attributes and taken == ARGUMENTS
 
@@ -128,23 +132,17 @@ def fuse_attention_block(block: Any) -> bool:
             outputs.append(out)
         return torch.cat(outputs)
 
-    block.__dict__["forward"] = MethodType(attention_block_forward, block)
-    return keep_if_same(block, steps)
+    block.__dict__["forward"] = partial(attention_block_forward, block)
+    return kept_if_same(block, steps)
 
 
 # ---- all of a model --------------------------------------------------------------------------------------------------
 
 
-def keep_if_same(module: nn.Module, run: Callable[[], Tensor]) -> bool:
+def kept_if_same(module: nn.Module, run: Callable[[], Tensor]) -> bool:
     """Whether `run` gives the same with the module's fused forward as with its class's; takes the former off if not."""
-    fused = module.__dict__["forward"]
-    with suppress(Exception):  # a module that is called in another way stays as it is
-        ours = run()
-        del module.__dict__["forward"]
-        own = run()
-        tolerance = 1e-4 if own.dtype == torch.float32 else 4e-2
-        if bool((ours - own).abs().max() <= tolerance * own.abs().max()):
-            module.__dict__["forward"] = fused
+    with suppress(TypeError, AttributeError):  # a module that is called in another way stays as it is
+        if computes_the_same(module, run):
             return True
     unfuse(module)
     return False

@@ -1,4 +1,4 @@
-"""Training and evaluation modes of a model, set for a while and given back."""
+"""Training and evaluation modes of a model, set for a while and given back; what mode a pass is in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+
+def transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is under way.
+
+    Our operators have no rules for these: such a pass runs torch's own.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @contextmanager

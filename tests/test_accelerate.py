@@ -17,6 +17,7 @@ import ppnet.extension as extension
 from ppnet import accelerate, compact, decelerate, pages, resize, unwrap, wrap
 from ppnet.decode import recognise
 from ppnet.errors import UnsupportedModelError
+from ppnet.train.checkpointing import load_optimizer, save_optimizer
 from ppnet.units import leaf_module
 from ppnet.wrap import is_accelerated, structure_for
 
@@ -283,6 +284,122 @@ def test_weights_get_large_pages_in_place():
         assert found is not None and int(found[1]) >= 8 << 10
 
 
+def test_float64_runs_the_librarys_products():
+    model, ids = tiny("qwen3").double(), token_ids(2, 3)
+    expected = logits(model, ids)
+    assert (logits(accelerate(model), ids) - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    "learns", ["bias", ("down_proj.weight", "mlp.c_proj.weight"), ("v_proj.weight", "c_attn.weight")], ids=str
+)
+def test_parts_of_a_model_learn_from_few_tokens(model_type, learns):
+    gradients, ids = [], token_ids(1, 4)
+    for faster in (False, True):
+        model = tiny(model_type)
+        named = [(name, p.requires_grad_(name.endswith(learns))) for name, p in model.named_parameters()]
+        if not any(p.requires_grad for _, p in named):
+            return  # a family without biases
+        if faster:
+            accelerate(model)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in named if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["accelerated", "wrapped", "both"])
+def test_a_pickled_model_is_the_same(form, tmp_path):
+    model, ids = tiny("llama"), token_ids(2, 3)
+    model = model if form == "accelerated" else wrap(model)
+    model = model if form == "wrapped" else accelerate(model)
+    expected = logits(model, ids)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert is_accelerated(again) == is_accelerated(model)
+    assert torch.equal(logits(again, ids), expected)
+    if form != "accelerated":
+        for each in (again, model):
+            resize(each, 0.5)
+        assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_replaced_activation_and_dropout_are_heeded():
+    ids, results = token_ids(1, 3), []
+    for faster in (False, True):
+        model = tiny("llama", attention_dropout=0.5)
+        if faster:
+            accelerate(model)
+        model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+        results.append(logits(model, ids))
+        model.train()
+        assert (logits(model, ids) - logits(model, ids)).abs().max() > 1e-4
+    assert (results[0] - results[1]).abs().max() <= TOLERANCE
+
+
+def test_global_and_backward_hooks_are_called():
+    model, ids, called = accelerate(tiny("llama")), token_ids(1, 3), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
+    logits(model, ids)
+    handle.remove()
+    leaf = model.model.layers[0].mlp.up_proj
+    assert leaf in called
+    leaf.register_full_backward_hook(lambda *_: called.append("backward"))
+    model(ids, labels=ids).loss.backward()
+    assert called[-1] == "backward"
+
+
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_torch_func_runs_the_models_own_way(tokens):
+    """Tangents, gradients and batches of torch.func are those of the model as it was."""
+    results = []
+    for faster in (False, True):
+        model = tiny("llama", attn_implementation="eager")
+        if faster:
+            accelerate(model)
+        embedded = torch.randn(1, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+        def run(x, model=model):
+            return model(inputs_embeds=x, use_cache=False).logits
+
+        def loss(parameters, model=model, x=embedded):
+            return torch.func.functional_call(model, parameters, (), {"inputs_embeds": x}).logits.square().mean()
+
+        _, tangent = torch.func.jvp(run, (embedded,), (torch.ones_like(embedded),))
+        gradients = torch.func.grad(loss)(dict(model.named_parameters()))
+        results.append([tangent, *gradients.values()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_optimizer_state_is_loaded_in_the_weights_memory_order(tmp_path):
+    """A resumed update rounds as the uninterrupted one."""
+    model, ids, states = accelerate(tiny("llama")), token_ids(2, 12), []
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    save_optimizer(optimizer, model, tmp_path)
+    again = torch.optim.AdamW(model.parameters())
+    load_optimizer(again, model, tmp_path)
+    for each in (optimizer, again):
+        states.append([each.state[p]["exp_avg"] for p in model.parameters()])
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+def test_export_for_any_number_of_tokens():
+    model, ids = accelerate(tiny("llama")), token_ids(1, 6)
+    length = {"input_ids": {1: torch.export.Dim("length", min=2, max=60)}}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=length | {
+            "use_cache": None}, strict=False)  # fmt: skip
+    for tokens in (3, 20):
+        ids = token_ids(1, tokens)
+        out = exported.module()(input_ids=ids, use_cache=False).logits
+        assert (out - logits(model, ids)).abs().max() <= TOLERANCE
+
+
 def test_refusals_leave_the_model_alone():
     model = accelerate(tiny("llama"))
     with pytest.raises(UnsupportedModelError, match="already accelerated"):
@@ -294,3 +411,22 @@ def test_refusals_leave_the_model_alone():
         decelerate(model)
     with pytest.raises(UnsupportedModelError, match="is not supported"):
         accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="got str; it must be a transformers model"):
+        accelerate("gpt2")
+    part = tiny("llama")
+    accelerate(part.model)
+    with pytest.raises(UnsupportedModelError, match="its part 'model' is already accelerated"):
+        accelerate(part)
+    empty = tiny("llama").to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight is on the meta device"):
+        accelerate(empty)
+    assert not any("forward" in module.__dict__ for module in empty.modules())
+
+
+def test_decelerate_after_changes():
+    model = accelerate(tiny("llama"))
+    del model.model.layers[1]
+    model.set_attn_implementation("eager")
+    decelerate(model)
+    assert model.config._attn_implementation == "eager"
+    assert not any("forward" in module.__dict__ for module in model.modules())

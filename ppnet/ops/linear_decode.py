@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device
 
+# What the decode operators take.
 MOST_TOKENS = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 define("linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? idx) -> Tensor")
 define("linear_t_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? idx, Tensor? z) -> Tensor")

@@ -277,6 +277,13 @@ def save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
     write_json(folder / f"{OPTIMIZER}.json", layout)
 
 
+def in_order_of(parameter: Tensor, value: Any) -> Any:
+    """A tensor of a parameter's shape in its memory order: an update of another order rounds differently."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: Path) -> None:
     """Inverse of `save_optimizer`, in place.
 
@@ -310,8 +317,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, folder: P
         # JSON has no tuples; optimizers unpack betas as either, but the options should not change type.
         options = {k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in options.items()}
         groups.append({**options, "params": list(range(number, number + len(saved["params"])))})
-        for name in saved["params"]:
-            entry = {key: decode(value) for key, value in layout["state"][name].items()}
+        for name, parameter in zip(saved["params"], group["params"], strict=True):
+            entry = {key: in_order_of(parameter, decode(value)) for key, value in layout["state"][name].items()}
             if entry:
                 state[number] = entry
             number += 1
