@@ -101,17 +101,19 @@ void run(DecodeJob& job) {
   const int64_t threads = std::clamp<int64_t>(
       work / kBytesPerThread, 1, std::min(decode_units(job), static_cast<int64_t>(torch::stable::get_num_threads())));
   const int64_t scratch = (decode_scratch_bytes(job) + 63) / 64 * 64, partial = decode_partial_floats(job);
-  const int64_t counters = job.batch * job.groups + 1;
+  const int64_t counters = job.batch * job.groups + threads;
   Workspace workspace = Workspace::of_this_thread((counters + partial) * 4 + scratch * threads);
+  job.threads = threads;
   job.next = workspace.take<int32_t>(counters);
-  job.done = job.next + 1;
-  std::fill_n(job.next, counters, 0);
+  for (int64_t t = 0; t < threads; ++t) job.next[t] = static_cast<int32_t>(decode_share(job, t));
+  job.done = job.next + threads;
+  std::fill_n(job.done, counters - threads, 0);
   job.partial = workspace.take<float>(partial);
   char* scratches = workspace.take<char>(scratch * threads);
   const auto kernel = PPNET_PICK(gated_attention_decode);
-  if (threads == 1) return kernel(job, scratches);
+  if (threads == 1) return kernel(job, 0, scratches);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) kernel(job, scratches + t * scratch);
+    for (int64_t t = first; t < last; ++t) kernel(job, t, scratches + t * scratch);
   });
 }
 

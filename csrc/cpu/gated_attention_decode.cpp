@@ -289,7 +289,8 @@ void attend(const DecodeJob& job, const Unit& unit, const Partial& partial, cons
   }
   const Rows<T> keys = rows_of<T>(job, job.key, job.key_stride, unit);
   const Rows<T> values = rows_of<T>(job, job.value, job.value_stride, unit);
-  const int64_t ahead = max(2, kAheadBytes / (job.width * static_cast<int64_t>(sizeof(T))));
+  // One query computes so little that the processor's own prefetch keeps up, and does better alone.
+  const int64_t ahead = rows == 1 ? 0 : max(2, kAheadBytes / (job.width * static_cast<int64_t>(sizeof(T))));
   const T* queries = reinterpret_cast<const T*>(job.query) + unit.b * job.query_stride[0];
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = queries + (unit.group * job.per_group + r / job.tokens) * job.query_stride[1] +
@@ -350,25 +351,31 @@ void combine(const DecodeJob& job, int64_t b, int64_t group) {
 }
 
 template <class T>
-void run(const DecodeJob& job, const Scratch& s) {
-  while (true) {
-    const int64_t i = __atomic_fetch_add(job.next, 1, __ATOMIC_RELAXED);
-    if (i >= decode_units(job)) return;
-    const int64_t chunk = i % job.chunks, pair = i / job.chunks, b = pair / job.groups, group = pair % job.groups;
-    const Unit unit{b, group, job.group ? job.group[group] : group, chunk * kDecodeChunk,
-                    min(job.keys, (chunk + 1) * kDecodeChunk)};
-    attend<T>(job, unit, partial_of(job, i), s);
-    if (__atomic_add_fetch(job.done + pair, 1, __ATOMIC_ACQ_REL) == job.chunks) combine<T>(job, b, group);
+void take(const DecodeJob& job, int64_t i, const Scratch& s) {
+  const int64_t chunk = i % job.chunks, pair = i / job.chunks, b = pair / job.groups, group = pair % job.groups;
+  const Unit unit{b, group, job.group ? job.group[group] : group, chunk * kDecodeChunk,
+                  min(job.keys, (chunk + 1) * kDecodeChunk)};
+  attend<T>(job, unit, partial_of(job, i), s);
+  if (__atomic_add_fetch(job.done + pair, 1, __ATOMIC_ACQ_REL) == job.chunks) combine<T>(job, b, group);
+}
+
+// Each thread goes through its own share in order, so that what was fetched ahead at the end of a unit is what the next
+// one reads; then it helps the others.
+template <class T>
+void run(const DecodeJob& job, int64_t thread, const Scratch& s) {
+  for (int64_t helped = 0; helped < job.threads; ++helped) {
+    const int64_t share = (thread + helped) % job.threads, end = decode_share(job, share + 1);
+    for (int64_t i; (i = __atomic_fetch_add(job.next + share, 1, __ATOMIC_RELAXED)) < end;) take<T>(job, i, s);
   }
 }
 
 }  // namespace
 
-void gated_attention_decode(const DecodeJob& job, char* scratch) {
+void gated_attention_decode(const DecodeJob& job, int64_t thread, char* scratch) {
   const Scratch s = divide(job, scratch);
-  if (job.dtype == Dtype::bf16) return run<bf16_t>(job, s);
-  if (job.dtype == Dtype::f16) return run<f16_t>(job, s);
-  run<float>(job, s);
+  if (job.dtype == Dtype::bf16) return run<bf16_t>(job, thread, s);
+  if (job.dtype == Dtype::f16) return run<f16_t>(job, thread, s);
+  run<float>(job, thread, s);
 }
 
 }  // namespace PPNET_ISA

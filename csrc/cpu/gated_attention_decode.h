@@ -30,7 +30,8 @@ struct DecodeJob {
   int64_t chunks;          // ceil(S / kDecodeChunk)
   float* partial;          // decode_partial_floats(job)
   int32_t* done;           // (B * G) zeroed: finished chunks
-  int32_t* next;           // zeroed: the next unit to take
+  int64_t threads;
+  int32_t* next;           // (threads) the next unit of each thread's share: decode_share(job, thread) at first
 };
 
 // Positions of the cache per unit of work. Fixed, so that results do not depend on the number of threads.
@@ -39,12 +40,16 @@ constexpr int64_t kDecodeChunk = 512;
 constexpr int64_t kDecodeRows = 32;
 
 // Takes units (sequence, KV group, chunk) until none is left; whoever finishes a group's last chunk combines the group.
-// Called by every thread with its own scratch, aligned to 64 bytes.
-PPNET_KERNEL(void gated_attention_decode(const DecodeJob& job, char* scratch))
+// Called for every thread, 0 <= thread < job.threads, with its own scratch, aligned to 64 bytes.
+PPNET_KERNEL(void gated_attention_decode(const DecodeJob& job, int64_t thread, char* scratch))
 
 // `static`: an inline function with external linkage would be shared between the instruction sets.
 static inline int64_t decode_rows(const DecodeJob& job) { return job.per_group * job.tokens; }
 static inline int64_t decode_units(const DecodeJob& job) { return job.batch * job.groups * job.chunks; }
+// The first unit of a thread's share: a share's units mostly follow one another in memory.
+static inline int64_t decode_share(const DecodeJob& job, int64_t thread) {
+  return decode_units(job) * thread / job.threads;
+}
 // Dh rounded up to whole vectors of the widest instruction set.
 static inline int64_t decode_padded_width(const DecodeJob& job) { return (job.width + 31) / 32 * 32; }
 // For every unit and row: the weighted sum of values, the largest score and the sum of weights.

@@ -99,28 +99,33 @@ template <class T, int kQueries>
 void score_tile(const float* q, int64_t q_stride, const Rows<T>& keys, const int32_t* position, int64_t ahead,
                 float* to, int64_t to_stride) {
   constexpr int kKeys = kLanes / kQueries;
+  // Row after row, as the processor's own prefetch expects it, but where loading the queries takes longer than that:
+  // there four rows share them.
+  constexpr int kSide = kLanes == 16 && kQueries == 4 ? 4 : 1;
   using P = Product<T>;
   for (int first = 0; first < kLanes; first += kKeys) {
     vfloat total[kLanes];
     PPNET_UNROLL
     for (int i = 0; i < kLanes; ++i) total[i] = splat(0);
-    // Row after row, as the processor's own prefetch expects it.
+    const auto add = [&](int k, const typename P::Operand* query, typename P::Operand key) {
+      PPNET_UNROLL
+      for (int i = 0; i < kQueries; ++i) total[i * kKeys + k] = P::add(total[i * kKeys + k], query[i], key);
+    };
     PPNET_UNROLL
-    for (int k = 0; k < kKeys; ++k) {
-      const T* row = keys.at(position[first + k]);
-      int64_t d = 0;
-      for (; d + kPair <= keys.width; d += kPair) {
-        if (ahead) prefetch_pair(row + ahead + d);
-        const auto key = P::key(row + d);
+    for (int k = 0; k < kKeys; k += kSide) {
+      const T* row[kSide];
+      PPNET_UNROLL
+      for (int i = 0; i < kSide; ++i) row[i] = keys.at(position[first + k + i]);
+      for (int64_t d = 0; d < keys.width; d += kPair) {
+        typename P::Operand query[kQueries];
         PPNET_UNROLL
-        for (int i = 0; i < kQueries; ++i)
-          total[i * kKeys + k] = P::add(total[i * kKeys + k], P::query(q + i * q_stride + d), key);
-      }
-      if (d < keys.width) {
-        const auto key = P::key(row + d, keys.width - d);
+        for (int i = 0; i < kQueries; ++i) query[i] = P::query(q + i * q_stride + d);
+        const int64_t left = keys.width - d;
         PPNET_UNROLL
-        for (int i = 0; i < kQueries; ++i)
-          total[i * kKeys + k] = P::add(total[i * kKeys + k], P::query(q + i * q_stride + d), key);
+        for (int i = 0; i < kSide; ++i) {
+          if (ahead) prefetch_pair(row[i] + ahead + d);
+          add(k + i, query, left >= kPair ? P::key(row[i] + d) : P::key(row[i] + d, left));
+        }
       }
     }
     alignas(64) float sums[kLanes];
