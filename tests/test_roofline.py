@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_all_providers_of_a_case_agree(case):
                 assert a.shape == b.shape and a.dtype == b.dtype, name
                 scale = float(b.float().abs().max()) if b.numel() else 0.0
                 torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=case.tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")  # fmt: skip  # noqa: E501
-    assert case.bytes > 0 and 0 < case.keep <= 1 and case.traffic in ("copy", "read")
+    assert case.bytes > 0 and 0 < case.keep <= 1 and case.traffic in get_args(cases.Traffic)
 
 
 def flat(value):
@@ -204,6 +205,10 @@ def test_memory_probe():
     probe = extension.host().MemoryProbe((1 << 20) + 17, 2, huge_pages=False)
     probe.tune(0.001)
     assert probe.read(0.001) > 0 and probe.copy(0.001) > 0 and probe.read_body and probe.copy_body
+    assert probe.mix_body and all(probe.mix(*counts, 0.001) > 0 for counts in (*cases.MIXES, (1, 1), (3, 3)))
+    for counts in ((0, 1), (1, 0), (4, 1), (1, 4)):
+        with pytest.raises(ValueError, match=r"reads is \d, writes is \d, allowed are 1 .. 3"):
+            probe.mix(*counts, 0.001)
     for arguments, said in (((100, 1), "bytes"), ((1 << 20, 0), "threads"), ((1 << 20, 5000), "threads")):
         with pytest.raises(ValueError, match=said):
             extension.host().MemoryProbe(*arguments)
@@ -225,6 +230,7 @@ def test_without_the_extension_torch_is_the_probe(small_machine, monkeypatch):
     monkeypatch.setattr(extension, "_host", None)
     machine = Machine(rounds=1, seconds=0.001)
     assert machine.ceilings["read"].by == "torch sum" and machine.ceilings["copy"].value.median > 0
+    assert machine.ceilings["2:1"].by == "torch copy_"
     assert machine.known("read, L3") is None and machine.known("matmul fp16") is None
 
 

@@ -11,11 +11,11 @@ namespace {
 struct Silu {
   template <bool kShort, class V>
   static V value(V x) {
-    return share_of(x, e_to<kShort>(x, -1));
+    return share_of<kShort>(x, e_to<kShort>(x, -1));
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    const V one = constant<V>(1), s = share_of(one, e_to<kShort>(x, -1));
+    const V one = constant<V>(1), s = share_of<kShort>(one, e_to<kShort>(x, -1));
     f = x * s;
     slope = fma(f, one - s, s);
   }
@@ -24,21 +24,23 @@ struct Silu {
 struct Gelu {
   template <bool kShort, class V>
   static V value(V x) {
-    if constexpr (kShort) return share_of(x, short_normal_odds(x));
+    if constexpr (kShort) return share_of<true>(x, short_normal_odds(x, short_normal_size(x)));
     V bell;
     return x * normal_cdf(x, bell);
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-    V bell, p;
     if constexpr (kShort) {
-      bell = e_to<true>(x * x, -0.5);
-      p = share_of(constant<V>(1), short_normal_odds(x));
+      const V one = constant<V>(1), size = short_normal_size(x);
+      const V p = share_of<true>(one, short_normal_odds(x, size));
+      f = x * p;
+      slope = fma(f * (one - p), short_normal_slope(size), p);
     } else {
-      p = normal_cdf(x, bell);
+      V bell;
+      const V p = normal_cdf(x, bell);
+      f = x * p;
+      slope = fma(x * bell, constant<V>(0.39894228040143267794), p);
     }
-    f = x * p;
-    slope = fma(x * bell, constant<V>(0.39894228040143267794), p);
   }
 };
 
@@ -52,13 +54,13 @@ struct GeluTanh {
   }
   template <bool kShort, class V>
   static V value(V x) {
-    return share_of(x, e_to<kShort>(x * slope_of_y(x, kCubic), -1));
+    return share_of<kShort>(x, e_to<kShort>(x * slope_of_y(x, kCubic), -1));
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
     const V one = constant<V>(1), zero = constant<V>(0), t = x * slope_of_y(x, kCubic);
     // s and 1 - s from e^-|t|: the slope of y is so large that 1 - s must not cancel.
-    const V e = e_to<kShort>(absolute(t), -1), large = one / (one + e), small = e * large;
+    const V e = e_to<kShort>(absolute(t), -1), large = share_of<kShort>(one, e), small = e * large;
     const V s = if_less(t, zero, small, large), rest = if_less(t, zero, large, small);
     f = x * s;
     slope = fma(f * rest, slope_of_y(x, 3 * kCubic), s);

@@ -1,10 +1,12 @@
 #include "bandwidth.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -28,6 +30,17 @@ constexpr long kPage = 4096;  // a share of the bytes is a multiple of it
 using ReadBody = uint64_t (*)(const char* from, long bytes);
 using CopyBody = void (*)(char* to, const char* from, long bytes);
 
+// Several arrays read and several written in step, as an operator does that combines tensors: every line written is the
+// exclusive or of the lines read. A memory that reads and writes at once takes some proportions better than others.
+struct Mix {
+  static constexpr int kMost = 3;
+  int reads, writes;
+  const char* from[kMost];
+  char* to[kMost];
+};
+using MixBody = void (*)(const Mix& mix, long begin, long end);
+constexpr long kStep = 4 * kLine;  // of each array at a time
+
 uint64_t read_words(const char* from, long bytes) {
   uint64_t sum[8] = {};
   const auto* words = reinterpret_cast<const uint64_t*>(from);
@@ -37,6 +50,17 @@ uint64_t read_words(const char* from, long bytes) {
 }
 
 void copy_library(char* to, const char* from, long bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+
+void mix_words(const Mix& mix, long begin, long end) {
+  for (long at = begin; at < end; at += kStep) {
+    uint64_t words[kStep / 8] = {}, more[kStep / 8];
+    for (int r = 0; r < mix.reads; ++r) {
+      std::memcpy(more, mix.from[r] + at, sizeof more);
+      for (long j = 0; j < kStep / 8; ++j) words[j] ^= more[j];
+    }
+    for (int w = 0; w < mix.writes; ++w) std::memcpy(mix.to[w] + at, words, sizeof words);
+  }
+}
 
 #if defined(__x86_64__)
 template <int kStreams>
@@ -99,6 +123,41 @@ __attribute__((target("avx512f"))) void stream_avx512(char* to, const char* from
       }
   _mm_sfence();
 }
+
+template <int kStreams>
+__attribute__((target("avx2"))) void mix_avx2(const Mix& mix, long begin, long end) {
+  const long piece = (end - begin) / kStreams;
+  for (long i = 0; i < piece; i += kStep)
+    for (int s = 0; s < kStreams; ++s) {
+      const long at = begin + s * piece + i;
+      __m256i part[kStep / 32] = {};
+      for (int r = 0; r < mix.reads; ++r) {
+        const auto* from = reinterpret_cast<const __m256i*>(mix.from[r] + at);
+        for (long j = 0; j < kStep / 32; ++j) part[j] = _mm256_xor_si256(part[j], _mm256_load_si256(from + j));
+      }
+      for (int w = 0; w < mix.writes; ++w)
+        for (long j = 0; j < kStep / 32; ++j)
+          _mm256_stream_si256(reinterpret_cast<__m256i*>(mix.to[w] + at) + j, part[j]);
+    }
+  _mm_sfence();
+}
+
+template <int kStreams>
+__attribute__((target("avx512f"))) void mix_avx512(const Mix& mix, long begin, long end) {
+  const long piece = (end - begin) / kStreams;
+  for (long i = 0; i < piece; i += kStep)
+    for (int s = 0; s < kStreams; ++s) {
+      const long at = begin + s * piece + i;
+      __m512i line[kStep / kLine] = {};
+      for (int r = 0; r < mix.reads; ++r)
+        for (long j = 0; j < kStep / kLine; ++j)
+          line[j] = _mm512_xor_si512(line[j], _mm512_load_si512(mix.from[r] + at + j * kLine));
+      for (int w = 0; w < mix.writes; ++w)
+        for (long j = 0; j < kStep / kLine; ++j)
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(mix.to[w] + at) + j, line[j]);
+    }
+  _mm_sfence();
+}
 #endif
 
 template <class Body>
@@ -133,6 +192,22 @@ std::vector<Variant<CopyBody>> copy_variants() {
     found.push_back({"avx512 non-temporal, 1 stream", stream_avx512<1>});
     found.push_back({"avx512 non-temporal, 2 streams", stream_avx512<2>});
     found.push_back({"avx512 non-temporal, 4 streams", stream_avx512<4>});
+  }
+#endif
+  return found;
+}
+
+std::vector<Variant<MixBody>> mix_variants() {
+  std::vector<Variant<MixBody>> found{{"words", mix_words}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) {
+    found.push_back({"avx2 non-temporal, 1 stream", mix_avx2<1>});
+    found.push_back({"avx2 non-temporal, 4 streams", mix_avx2<4>});
+  }
+  if (__builtin_cpu_supports("avx512f")) {
+    found.push_back({"avx512 non-temporal, 1 stream", mix_avx512<1>});
+    found.push_back({"avx512 non-temporal, 2 streams", mix_avx512<2>});
+    found.push_back({"avx512 non-temporal, 4 streams", mix_avx512<4>});
   }
 #endif
   return found;
@@ -239,14 +314,32 @@ double MemoryProbe::run_copy(int body, double seconds) {
   return 2.0 * static_cast<double>(bytes_) / time * 1e-9;
 }
 
+double MemoryProbe::run_mix(int body, int reads, int writes, double seconds) {
+  const auto variant = mix_variants()[static_cast<size_t>(body)];
+  const long each = bytes_ / std::max(reads, writes) / kPage * kPage;
+  Mix mix{reads, writes, {}, {}};
+  for (int r = 0; r < reads; ++r) mix.from[r] = from_ + r * each;
+  for (int w = 0; w < writes; ++w) mix.to[w] = to_ + w * each;
+  const double time = mean_pass(each, threads_, seconds, [&](long begin, long end) { variant.body(mix, begin, end); });
+  return static_cast<double>((reads + writes) * each) / time * 1e-9;
+}
+
+double MemoryProbe::mix(int reads, int writes, double seconds) {
+  if (reads < 1 || reads > Mix::kMost || writes < 1 || writes > Mix::kMost)
+    throw std::invalid_argument("MemoryProbe: reads is " + std::to_string(reads) + ", writes is " +
+                                std::to_string(writes) + ", allowed are 1 .. " + std::to_string(Mix::kMost));
+  return run_mix(mix_body_, reads, writes, seconds);
+}
+
 double MemoryProbe::read(double seconds) { return run_read(read_body_, seconds); }
 double MemoryProbe::copy(double seconds) { return run_copy(copy_body_, seconds); }
 std::string MemoryProbe::read_body() const { return read_variants()[static_cast<size_t>(read_body_)].name; }
 std::string MemoryProbe::copy_body() const { return copy_variants()[static_cast<size_t>(copy_body_)].name; }
+std::string MemoryProbe::mix_body() const { return mix_variants()[static_cast<size_t>(mix_body_)].name; }
 
 void MemoryProbe::tune(double seconds) {
   constexpr int kTurns = 3;  // a disturbance must not hit all tries of one body
-  double best_read = 0.0, best_copy = 0.0;
+  double best_read = 0.0, best_copy = 0.0, best_mix = 0.0;
   for (int turn = 0; turn < kTurns; ++turn) {
     for (int i = 0; i < static_cast<int>(read_variants().size()); ++i) {
       const double rate = run_read(i, seconds / kTurns);
@@ -255,6 +348,10 @@ void MemoryProbe::tune(double seconds) {
     for (int i = 0; i < static_cast<int>(copy_variants().size()); ++i) {
       const double rate = run_copy(i, seconds / kTurns);
       if (rate > best_copy) best_copy = rate, copy_body_ = i;
+    }
+    for (int i = 0; i < static_cast<int>(mix_variants().size()); ++i) {
+      const double rate = run_mix(i, 2, 1, seconds / kTurns);
+      if (rate > best_mix) best_mix = rate, mix_body_ = i;
     }
   }
 }

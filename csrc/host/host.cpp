@@ -128,10 +128,13 @@ PYBIND11_MODULE(_host, m) {
   py::class_<ppnet::MemoryProbe>(m, "MemoryProbe", "Buffers that stay allocated, for samples between timed calls.")
       .def(py::init(&memory_probe), py::arg("bytes"), py::arg("threads"), py::arg("huge_pages") = true)
       .def("tune", &ppnet::MemoryProbe::tune, py::arg("seconds"), unlocked,
-           "Tries every body of reading and copying for `seconds`, in turns; the fastest is used from then on.")
+           "Tries every body of reading, copying and both for `seconds`, in turns; the fastest is used from then on.")
       .def("read", &ppnet::MemoryProbe::read, py::arg("seconds"), unlocked, "GB/s, mean of the passes in `seconds`.")
       .def("copy", &ppnet::MemoryProbe::copy, py::arg("seconds"), unlocked,
            "GB/s (bytes read + written), mean of the passes in `seconds`.")
+      .def("mix", &ppnet::MemoryProbe::mix, py::arg("reads"), py::arg("writes"), py::arg("seconds"), unlocked,
+           "GB/s (bytes read + written) of reading `reads` arrays and writing `writes` in step, 1 .. 3 each.")
       .def_property_readonly("read_body", &ppnet::MemoryProbe::read_body)
-      .def_property_readonly("copy_body", &ppnet::MemoryProbe::copy_body);
+      .def_property_readonly("copy_body", &ppnet::MemoryProbe::copy_body)
+      .def_property_readonly("mix_body", &ppnet::MemoryProbe::mix_body);
 }

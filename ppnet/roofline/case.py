@@ -21,7 +21,8 @@ test that all providers agree follow. It registers a function that yields cases:
             yield Case("my_op", "keep 0.5", dtype, shape, 0.5, bytes=moved, flops=0, traffic="read", setup=setup)
 
 - `bytes`: what must move for the kept part (inputs read once + outputs written once), `flops`: its multiply-adds x 2.
-- `traffic`: the bandwidth that bounds it: "read" where next to nothing is written, else "copy" (read + write bytes).
+- `traffic`: the bandwidth that bounds it, in read + write bytes: "read" where next to nothing is written, "copy" where
+  as much, else the nearest of the mixes of bytes read to bytes written, such as "2:1": memory sustains less of them.
   Ideal seconds = max(bytes / bandwidth, flops / matmul rate of the dtype).
 - `copies` makes as many inputs as no cache holds; `each` gives a provider its own turn through them, so that the first
   call of every provider has the same input. Make inputs under a fixed seed and nothing else inside a provider: what is
@@ -45,7 +46,8 @@ import torch
 import ppnet.extension as extension
 
 Size = Literal["full", "quick", "tiny"]
-Traffic = Literal["copy", "read"]
+Traffic = Literal["copy", "read", "2:1", "3:2", "1:2"]
+MIXES = ((2, 1), (3, 2), (1, 2))  # of arrays read and written
 Providers = dict[str, Callable[[], Any]]
 Cases = Callable[[Size, torch.device], "Iterator[Case]"]
 Value = TypeVar("Value")
@@ -134,7 +136,7 @@ class Row:
     """What was measured of a case.
 
     Attributes:
-        bound: the ceiling that its ideal time comes from: "copy", "read" (GB/s) or "matmul" (GFLOP/s).
+        bound: the ceiling that its ideal time comes from: "copy", "read", a mix (GB/s) or "matmul" (GFLOP/s).
         ceiling: that ceiling, sampled in the same rounds. ideal: seconds that it allows.
         seconds: provider -> seconds per call. faster: provider -> how many times faster ours is (paired by round).
         rate: ours, in GB/s of `bytes`, or GFLOP/s where "matmul" is the bound.
@@ -169,7 +171,7 @@ class Ceilings(Protocol):
     """What `measure` needs of a machine."""
 
     def sample(self, kind: str) -> float:
-        """One short measurement now: kind "copy" or "read" in GB/s, "matmul fp32" (a dtype) in GFLOP/s."""
+        """One short measurement now: kind "copy", "read" or a mix in GB/s, "matmul fp32" (a dtype) in GFLOP/s."""
 
     def known(self, kind: str) -> float | None:
         """The figure measured at the start; None where it has none."""

@@ -19,7 +19,7 @@ from torch import Tensor
 import ppnet
 import ppnet.extension as extension
 from ppnet.roofline import case
-from ppnet.roofline.case import DTYPES, Band, clock
+from ppnet.roofline.case import DTYPES, MIXES, Band, clock
 
 TUNING = 0.1  # seconds to try each way of doing something
 MATMUL = {"cpu": (512, 2048, 2048), "cuda": (8192, 8192, 8192)}  # M, K, N
@@ -41,7 +41,8 @@ class Machine:
         device: "cpu" or "cuda". rounds: of each ceiling. seconds: about how long each round of each takes.
 
     Attributes:
-        ceilings: "copy", "read" (GB/s), "matmul fp32", "matmul bf16" (GFLOP/s) and some for information -> Figure.
+        ceilings: "copy", "read", mixes such as "2:1" (GB/s), "matmul fp32", "matmul bf16" (GFLOP/s) and some for
+            information -> Figure.
         setting: device, processor, isa, threads, versions, caches, pages, load before.
     """
 
@@ -164,7 +165,8 @@ def _cpu_memory(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     if last:
         cached = probe(last // 3, True)
         extra["read, L3"] = (cached.read, cached.read_body)
-    return {"read": (main.read, main.read_body), "copy": (main.copy, main.copy_body)}, extra
+    mixes = {f"{r}:{w}": (partial(main.mix, r, w), main.mix_body) for r, w in MIXES}
+    return {"read": (main.read, main.read_body), "copy": (main.copy, main.copy_body), **mixes}, extra
 
 
 def _cuda_memory(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,10 +179,10 @@ def _torch_memory(device: torch.device, size: int, now: Callable[[], float]) -> 
     """Bandwidth through torch's own operators."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return {
-        "read": (lambda seconds: size / _mean(source.sum, now, seconds) * 1e-9, "torch sum"),
-        "copy": (lambda seconds: 2 * size / _mean(lambda: target.copy_(source), now, seconds) * 1e-9, "torch copy_"),
-    }
+    read = (lambda seconds: size / _mean(source.sum, now, seconds) * 1e-9, "torch sum")
+    copy = (lambda seconds: 2 * size / _mean(lambda: target.copy_(source), now, seconds) * 1e-9, "torch copy_")
+    # torch has no operator for every mix; a copy bounds them from above.
+    return {"read": read, "copy": copy, **{f"{r}:{w}": copy for r, w in MIXES}}
 
 
 def _matmul(dtype: torch.dtype, device: torch.device, now: Callable[[], float]) -> tuple[Callable[[float], float], str]:

@@ -48,7 +48,7 @@ def forward(size: Size, device: torch.device) -> Iterator[Case]:
                     providers["torch.compile"] = each(inputs, torch.compile(eager))
                 return providers
 
-            yield Case("gated_act", act, dtype, shape, 1.0, 3 * one, 0, "copy", setup, tolerance=_tolerance(dtype))
+            yield Case("gated_act", act, dtype, shape, 1.0, 3 * one, 0, "2:1", setup, tolerance=_tolerance(dtype))
 
 
 @operator("gated_act_backward")
@@ -83,7 +83,7 @@ def backward(size: Size, device: torch.device) -> Iterator[Case]:
                 1.0,
                 5 * one,
                 0,
-                "copy",
+                "3:2",
                 setup,
                 tolerance=_tolerance(dtype),
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from ppnet.ops import gather_rows, scatter_rows
-from ppnet.roofline.case import Case, Providers, Size, copies, each, operator, pick
+from ppnet.roofline.case import Case, Providers, Size, Traffic, copies, each, operator, pick
 
 KEEP = 0.5
 
@@ -56,10 +56,10 @@ def gather(size: Size, device: torch.device) -> Iterator[Case]:
             }
 
         taken = "rows" if dim == 0 else "columns"
-        yield Case("gather_rows", taken, dtype, shape, KEEP, moved, 0, "copy", exact)
-        yield Case(
-            "gather_rows", f"scaled {taken}", dtype, shape, KEEP, moved, moved / dtype.itemsize / 2, "copy", scaled
-        )
+        traffic: Traffic = "copy" if dim == 0 else "2:1"
+        flops = moved / dtype.itemsize / 2
+        yield Case("gather_rows", taken, dtype, shape, KEEP, moved, 0, traffic, exact)
+        yield Case("gather_rows", f"scaled {taken}", dtype, shape, KEEP, moved, flops, traffic, scaled)
 
 
 @operator("scatter_rows")
@@ -94,9 +94,12 @@ def scatter(size: Size, device: torch.device) -> Iterator[Case]:
 
             return {"ppnet": each(pairs, ours), "index_copy, multiply, sum": each(pairs, torch_only)}
 
+        # Rows that are absent are only written: there a mix of 1:2, which reads all the time, is no bound.
         taken = "rows" if dim == 0 else "columns"
+        traffic: Traffic = "copy" if dim == 0 else "1:2"
+        traffic_dot: Traffic = "copy" if dim == 0 else "3:2"
         flops = 3 * row / dtype.itemsize * len(idx)
-        yield Case("scatter_rows", taken, dtype, shape, KEEP, moved, 0, "copy", exact)
+        yield Case("scatter_rows", taken, dtype, shape, KEEP, moved, 0, traffic, exact)
         yield Case(
             "scatter_rows",
             f"scaled {taken}, dot",
@@ -105,7 +108,7 @@ def scatter(size: Size, device: torch.device) -> Iterator[Case]:
             KEEP,
             moved_dot,
             flops,
-            "copy",
+            traffic_dot,
             with_dot,
             tolerance=1e-5,
         )
