@@ -95,9 +95,7 @@ const float* check_factors(const char* op, const char* name, Optional& factors, 
 
 void check_tokens(const char* op, const Tensor& x) {
   check_cpu(op, "x", x);
-  check_floating(op, "x", x);
-  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, op,
-                  ": x has dtype Double; allowed are Float, BFloat16 and Half");
+  check_narrow(op, "x", x);
   STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= kMostTokens, op, ": x has shape ", shape(x),
                   "; it must be (T, width) with at most ", kMostTokens, " tokens");
 }

@@ -14,8 +14,6 @@
 namespace ppnet {
 namespace {
 
-// A thread is worth waking for this much memory traffic.
-constexpr int64_t kBytesPerThread = 1 << 17;
 
 ScalarType arithmetic(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 

@@ -7,18 +7,15 @@
 #include <algorithm>
 
 #include "decode.h"
+#include "memory.h"
 
 namespace ppnet {
 namespace {
 
 constexpr const char* kOp = "gated_attention_decode";
-// A second thread is worth waking for this much of the cache.
-constexpr int64_t kBytesPerThread = 1 << 17;
 
 void check_query(const Tensor& query) {
-  const ScalarType dtype = query.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, kOp,
-                  ": query has dtype ", torch::headeronly::toString(dtype), "; allowed are Float, BFloat16 and Half");
+  check_narrow(kOp, "query", query);
   check_cpu(kOp, "query", query);
   expect_shape(kOp, "query", query, {-1, -1, -1, -1}, "(B, H, T, Dh)");
 }

@@ -8,6 +8,9 @@
 
 namespace ppnet {
 
+// A thread is worth waking for this much memory traffic.
+constexpr int64_t kBytesPerThread = 1 << 17;
+
 // Bytes of the last-level cache, from sysfs: sysconf adds up the caches of all sockets on some virtual machines.
 inline int64_t cache_bytes() {
   static const int64_t bytes = [] {
@@ -20,8 +23,8 @@ inline int64_t cache_bytes() {
   return bytes;
 }
 
-// Asks for large pages below a large new output. Memory fresh from the system is otherwise mapped 4 KB at a time while it
-// is written: on a virtual machine that took three times as long as a copy itself.
+// Asks for large pages below a large new output. Memory fresh from the system is otherwise mapped 4 KB at a time while
+// it is written: on a virtual machine that took three times as long as a copy itself.
 inline void advise_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = uintptr_t{2} << 20;

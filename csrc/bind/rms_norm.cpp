@@ -7,12 +7,11 @@
 #include <vector>
 
 #include "check.h"
+#include "memory.h"
 
 namespace ppnet {
 namespace {
 
-// A thread is worth waking for this much memory traffic.
-constexpr int64_t kBytesPerThread = 1 << 17;
 
 Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) {
   const char* op = "rms_norm";

@@ -7,13 +7,12 @@
 #include <tuple>
 
 #include "check.h"
+#include "memory.h"
 
 namespace ppnet {
 namespace {
 
 constexpr const char* kOp = "rotary";
-// A thread is worth waking for this much memory traffic.
-constexpr int64_t kBytesPerThread = 1 << 17;
 
 Tensor with_contiguous_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;

@@ -14,7 +14,7 @@ namespace ppnet {
 
 // A thread is worth waking for this much memory traffic. The work is divided into at most kSharesPerThread shares per
 // thread, of at least kBytesPerShare.
-constexpr int64_t kBytesPerThread = 1 << 17, kBytesPerShare = 1 << 19, kSharesPerThread = 8;
+constexpr int64_t kBytesPerShare = 1 << 19, kSharesPerThread = 8;
 
 // One tensor's work: how many units, and the memory traffic of each.
 struct Load {

@@ -6,7 +6,7 @@
 
 namespace ppnet {
 
-// y[r] = round(weight * round(x[r] / sqrt(mean(x[r]^2) + eps))), both roundings to `dtype`, as transformers' modules do.
+// y[r] = round(weight * round(x[r] / sqrt(mean(x[r]^2) + eps))), both roundings to `dtype` as in transformers' modules.
 struct RmsNorm {
   Dtype dtype;  // f32, bf16 or f16
   int64_t width;

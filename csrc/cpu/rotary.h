@@ -14,7 +14,8 @@ struct RotaryHeads {
   char* y;
 };
 
-// y[d] = x[d] cos[d] - x[d + width/2] sin[d] in the first half of a row; in the second x[d] cos[d] + x[d - width/2] sin[d].
+// y[d] = x[d] cos[d] - x[d + width/2] sin[d] in the first half of a row;
+// y[d] = x[d] cos[d] + x[d - width/2] sin[d] in the second.
 struct Rotary {
   Dtype dtype;  // of all: f32, bf16 or f16
   int64_t tokens, width;

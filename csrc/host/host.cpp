@@ -59,15 +59,16 @@ bool keep_freed_memory() {
 #endif
 }
 
-// Gives `bytes` at `address` pages of 2 MB, in place, whatever is mapped there now: ordinary pages cost a walk through the
-// page tables every 4 KB that are read. False where that cannot be: before Linux 6.1, of a file, without free pages.
+// Gives `bytes` at `address` pages of 2 MB, in place, whatever is mapped there now: ordinary pages cost a walk through
+// the page tables every 4 KB that are read. False where that cannot be: before Linux 6.1, of a file, without free pages.
 bool use_large_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
   const auto advise = [](uintptr_t begin, uintptr_t end) {
     const auto start = reinterpret_cast<void*>(begin);  // NOLINT: an address is what Python knows
-    return begin >= end || (madvise(start, end - begin, MADV_HUGEPAGE) == 0 && madvise(start, end - begin, kCollapse) == 0);
+    const size_t size = end - begin;
+    return begin >= end || (madvise(start, size, MADV_HUGEPAGE) == 0 && madvise(start, size, kCollapse) == 0);
   };
   const uintptr_t end = address + bytes, first = address / kPage * kPage, last = (end + kPage - 1) / kPage * kPage;
   const uintptr_t inner_first = (address + kPage - 1) / kPage * kPage, inner_last = end / kPage * kPage;
@@ -107,7 +108,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("cache_sizes", &cache_sizes, "Bytes of the l1d, l2 and l3 caches; 0 where unknown.");
   m.def("keep_freed_memory", &keep_freed_memory,
         "Keep freed memory in the process for the next tensor, for the rest of the process. Whether that is possible here.");
-  m.def("use_large_pages", &use_large_pages, py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
+  m.def("use_large_pages", &use_large_pages, py::arg("address"), py::arg("bytes"),
+        py::call_guard<py::gil_scoped_release>(),
         "Pages of 2 MB for memory of this process, in place. Whether that was possible.");
   m.def("cores", [] { return static_cast<int>(std::thread::hardware_concurrency()); }, "Number of logical cores.");
   m.def(
