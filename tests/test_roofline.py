@@ -279,6 +279,8 @@ def test_bench_writes_and_compares(bench, tmp_path):
         (("--operators", ","), "known are"),
         (("--compare", "/nowhere/result.json"), "/nowhere/result.json does not exist"),
         (("--sizes", "0.5"), "sizes: has a meaning only with a model folder"),
+        (("--metric", "flops"), "metric: has a meaning only with a model folder"),
+        (("--batch", "4"), "batch: has a meaning only with a model folder"),
         (("some-model", "--quick"), "quick: has a meaning only without a model folder"),
         (("--threads", "0"), "threads: must be at least 1, got 0"),
     ],

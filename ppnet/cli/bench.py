@@ -83,9 +83,12 @@ def bench(
     _only(
         "with a model folder",
         sizes=sizes,
+        metric=None if metric == "params" else metric,
+        of=None if of == "model" else of,
         multiple_of=multiple_of,
         prompt=prompt,
         new=new,
+        batch=None if batch == 1 else batch,
         rounds=rounds,
         dtype=dtype,
         accelerate=accelerate or None,

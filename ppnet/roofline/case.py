@@ -186,6 +186,8 @@ def measure(case: Case, machine: Ceilings, *, seconds: float = 2.0, least: int =
     Args:
         seconds: about how long to measure; between `least` and `most` rounds.
     """
+    # Or, from the ninth case on, a function that several cases compile would silently run as it is.
+    torch.compiler.reset()
     providers = case.setup()
     kinds = _ceilings_of(case, machine)
     calls = {name: _calls(run, machine) for name, run in providers.items()}

@@ -125,16 +125,17 @@ def steady_memory() -> None:
 
 def pages() -> str:
     """What large tensors get in this process: "huge" pages, or "ordinary" ones."""
-
-    def huge() -> int:
-        with suppress(OSError):
-            found = re.search(r"AnonHugePages:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())
-            return int(found.group(1)) if found else 0
-        return 0
-
-    before = huge()
     probe = torch.ones(64 << 20, dtype=torch.uint8)
-    return "huge" if huge() - before > probe.numel() >> 11 else "ordinary"
+    found = {"Rss": 0, "AnonHugePages": 0}  # of the mapping that holds it, in KB
+    inside = False
+    with suppress(OSError):
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                first, end = (int(address, 16) for address in mapping.groups())
+                inside = first <= probe.data_ptr() < end
+            elif inside and (size := re.match(r"(Rss|AnonHugePages):\s+(\d+)", line)):
+                found[size[1]] = int(size[2])
+    return "huge" if found["AnonHugePages"] > found["Rss"] // 2 else "ordinary"
 
 
 def out_of_cache(last: int) -> int:
