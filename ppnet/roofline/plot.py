@@ -28,7 +28,11 @@ def roofline(result: Result, theme: Theme = LIGHT) -> Figure:
     grid = top.get_gridspec()
     assert grid is not None
     grid.set_height_ratios([ROOF_HEIGHT, list_height])
-    looks = {name: (HUES[i % len(HUES)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(_operators(rows))}
+    # With more operators than hues the markers move on by one in each round: no two look alike.
+    looks = {
+        name: (HUES[i % len(HUES)], MARKERS[(i + i // len(HUES)) % len(MARKERS)])
+        for i, name in enumerate(_operators(rows))
+    }
     _roof(top, theme, result, looks)
     _shares(bottom, theme, rows, looks)
     return figure
