@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ppnet.modes import transformed
+from ppnet.modes import certainly, transformed
 from ppnet.ops.gated_attention import gated_attention
 from ppnet.ops.gated_attention_decode import gated_attention_decode
 from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
@@ -56,9 +55,8 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    few = statically_known_true(tokens <= MOST_TOKENS) if torch.compiler.is_compiling() else tokens <= MOST_TOKENS
     ruled = causal or tokens == 1 or attention_mask is not None
-    if not learns and few and ruled and query.dtype in DTYPES:
+    if not learns and certainly(tokens <= MOST_TOKENS) and ruled and query.dtype in DTYPES:
         out = gated_attention_decode(query, key, value, mask=attention_mask, scale=scaling)
     else:
         out = gated_attention(query, key, value, mask=attention_mask, is_causal=causal, scale=scaling)

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.modules.module import _has_any_global_hook
 
 from ppnet import ops
-from ppnet.modes import evaluating, transformed
+from ppnet.modes import certainly, evaluating, transformed
 from ppnet.ops.gated_act import ACTS
 from ppnet.ops.gated_act import activation as named_activation
 from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
@@ -45,9 +44,7 @@ def decodes(x: Tensor, rows: Iterable[Tensor], others: Iterable[Tensor | None] =
         others: what else goes into them (biases, gates): nothing may want a gradient.
     """
     dtype = x.dtype
-    few = x.numel() <= MOST_TOKENS * x.shape[-1]
-    if torch.compiler.is_compiling():
-        few = statically_known_true(few)  # a graph for any number of tokens has the library's products
+    few = certainly(x.numel() <= MOST_TOKENS * x.shape[-1])  # a graph for any number has the library's products
     if not few or dtype not in DTYPES or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     for weight in rows:

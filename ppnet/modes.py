@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def transformed() -> bool:
@@ -17,6 +18,11 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def certainly(condition: bool) -> bool:
+    """A condition on sizes; in a graph that is to serve other sizes too, only what holds for all of them."""
+    return statically_known_true(condition) if torch.compiler.is_compiling() else condition
 
 
 @contextmanager
