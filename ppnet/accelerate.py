@@ -16,6 +16,7 @@ from ppnet.attention import DECODING, use_attention
 from ppnet.binding import GatedLeaf, patch_leaf, unpatch_leaf
 from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.decode_blocks import fuse_blocks, unfuse
+from ppnet.decode_layers import fuse_layers
 from ppnet.errors import UnsupportedModelError
 from ppnet.families import FAMILIES
 from ppnet.pages import use_large_pages
@@ -46,7 +47,7 @@ def accelerate(model: Model) -> Model:
             model is unchanged then.
     """
     sites = accelerable(model)
-    state: dict[str, Any] = {"patched": [], "attention": None, "mlps": [], "blocks": []}
+    state: dict[str, Any] = {"patched": [], "attention": None, "mlps": [], "blocks": [], "layers": []}
     model.__dict__[ACCELERATED] = state
     try:
         put_on(model, sites, state)
@@ -102,6 +103,7 @@ def put_on(model: nn.Module, sites: tuple[Site, ...], state: dict[str, Any]) -> 
     state["attention"] = use_attention(model, DECODING)
     state["mlps"] = fuse_mlps(model, sites)
     state["blocks"] = fuse_blocks(model, sites)
+    state["layers"] = fuse_layers(model, state["blocks"])
 
 
 def decelerate(model: Model) -> Model:
@@ -123,8 +125,9 @@ def take_off(model: nn.Module) -> None:
     """`decelerate`, leaving a gated model's size to be bound anew by the caller."""
     state = model.__dict__.pop(ACCELERATED)
     modules = dict(model.named_modules())  # some may have been removed since
-    for names, restore in ((state["blocks"], unfuse), (state["mlps"], unfuse_mlp), (state["patched"], unpatch_leaf)):
-        for name in names:
+    parts = ("layers", unfuse), ("blocks", unfuse), ("mlps", unfuse_mlp), ("patched", unpatch_leaf)
+    for kind, restore in parts:
+        for name in state[kind]:
             if name in modules:
                 restore(cast(nn.Linear, modules[name]))
     config = getattr(model, "config", None)

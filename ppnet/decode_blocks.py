@@ -112,28 +112,30 @@ def is_known(block: nn.Module) -> bool:
 
 def fuse_attention_block(block: Any) -> bool:
     """Gives an attention block the fused forward, if it then computes the same, with a cache; returns whether."""
-    from transformers import DynamicCache
-
     if not is_known(block):
         return False
-    weight = block.q_proj.weight
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 2, weight.shape[1], generator=generator).to(weight) for _ in range(2)]
-    angles = [torch.rand(2, 2, block.head_dim // 2, generator=generator) for _ in range(2)]
-
-    def steps() -> Tensor:
-        cache, outputs = DynamicCache(), []
-        for x, angle in zip(inputs, angles, strict=True):
-            embedding = tuple(torch.cat([f(angle)] * 2, -1).to(weight) for f in (torch.cos, torch.sin))
-            mask = torch.ones(2, 1, 2, cache.get_seq_length(block.layer_idx) + 2, dtype=torch.bool).tril(
-                cache.get_seq_length(block.layer_idx)
-            )
-            out, _ = block(x, position_embeddings=embedding, attention_mask=mask, past_key_values=cache)
-            outputs.append(out)
-        return torch.cat(outputs)
-
     block.__dict__["forward"] = partial(attention_block_forward, block)
-    return kept_if_same(block, steps)
+    return kept_if_same(block, partial(cached_steps, block, block, block.q_proj.weight))
+
+
+def cached_steps(module: Any, block: Any, weight: Any) -> Tensor:
+    """What an attention block, or the layer around it, gives for two sequences' first tokens and then the next ones.
+
+    Args:
+        weight: of the queries: width, dtype and device.
+    """
+    from transformers import DynamicCache
+
+    generator, cache, outputs = torch.Generator().manual_seed(0), DynamicCache(), []
+    for _ in range(2):
+        x = torch.randn(2, 2, weight.shape[1], generator=generator).to(weight)
+        angle = torch.rand(2, 2, block.head_dim // 2, generator=generator)
+        embedding = tuple(torch.cat([f(angle)] * 2, -1).to(weight) for f in (torch.cos, torch.sin))
+        past = cache.get_seq_length(block.layer_idx)
+        mask = torch.ones(2, 1, 2, past + 2, dtype=torch.bool).tril(past)
+        out = module(hidden_states=x, position_embeddings=embedding, attention_mask=mask, past_key_values=cache)
+        outputs.append(out[0] if isinstance(out, tuple) else out)
+    return torch.cat(outputs)
 
 
 # ---- all of a model --------------------------------------------------------------------------------------------------
@@ -152,11 +154,12 @@ def kept_if_same(module: nn.Module, run: Callable[[], Tensor]) -> bool:
 def fuse_blocks(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     """Fuses every norm and attention block that is known; returns their names."""
     with evaluating(model):
-        fused = [name for name, module in model.named_modules() if fuse_norm(module)]
-        blocks = [site.block for site in sites if site.kind == "kv_group"]
-        return fused + [name for name in blocks if fuse_attention_block(model.get_submodule(name))]
+        norms = [name for name, module in model.named_modules() if fuse_norm(module)]
+        named = [site.block for site in sites if site.kind == "kv_group"]
+        blocks = [name for name in named if fuse_attention_block(model.get_submodule(name))]
+        return norms + blocks
 
 
 def unfuse(module: nn.Module) -> None:
-    module.__dict__.pop("_ppnet_eps", None)
-    module.__dict__.pop("forward", None)
+    for name in ("_ppnet_eps", "_ppnet_layer", "forward"):
+        module.__dict__.pop(name, None)

@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "decode.h"
+#include "operators.h"
 
 namespace ppnet {
 namespace {
@@ -16,9 +16,11 @@ const char* neurons(const char* op, const char* name, const Tensor& matrix, cons
   return static_cast<const char*>(matrix.const_data_ptr());
 }
 
-Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Optional up_bias, Optional gate_bias,
-                            Optional down_bias, Optional idx, Optional z, std::string act) {
-  const char* op = "gated_mlp_decode";
+}  // namespace
+
+Tensor cpu::gated_mlp_decode(const char* op, const Tensor& x, const Tensor& up, const Tensor& down,
+                             const Optional& gate, Optional up_bias, Optional gate_bias, Optional down_bias,
+                             Optional idx, Optional z, const std::string& act, const char* residual) {
   check_tokens(op, x);
   check_rows(op, "up", up, x.scalar_type());
   expect_shape(op, "x", x, {-1, up.size(1)}, "(T, D), D that of up");
@@ -47,8 +49,15 @@ Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   const int64_t bytes = job.kept * job.width * element_size(job.dtype) * (gate ? 3 : 2);
   const auto kernel = PPNET_PICK(mlp_chunks);
   take_turns(job.chunks, threads_for(bytes), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-  add_up(job.partial, job.chunks, down_bias_data, y);
+  add_up(job.partial, job.chunks, down_bias_data, residual, y);
   return y;
+}
+
+namespace {
+
+Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Optional up_bias, Optional gate_bias,
+                            Optional down_bias, Optional idx, Optional z, std::string act) {
+  return cpu::gated_mlp_decode("gated_mlp_decode", x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act);
 }
 
 }  // namespace

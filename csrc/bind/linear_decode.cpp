@@ -5,17 +5,14 @@
 
 #include <algorithm>
 
-#include "decode.h"
+#include "operators.h"
 
 namespace ppnet {
 namespace {
 
 constexpr int64_t kRows = 32;  // of a turn of linear_outputs: whole blocks
 
-// What the arguments of a layer are called in errors.
-struct Names {
-  std::string weight = "weight", bias = "bias", idx = "idx";
-};
+using Names = cpu::LinearNames;
 
 LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx, const Names& names) {
   check_rows(op, names.weight.c_str(), weight, x.scalar_type());
@@ -77,9 +74,10 @@ Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
   return y[0];
 }
 
-std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std::vector<Optional> bias,
-                                       std::vector<Optional> idx) {
-  const char* op = "linears_decode";
+}  // namespace
+
+std::vector<Tensor> cpu::linears_decode(const char* op, const Tensor& x, const std::vector<Tensor>& weight,
+                                        std::vector<Optional>& bias, std::vector<Optional>& idx) {
   check_tokens(op, x);
   const size_t count = weight.size();
   STD_TORCH_CHECK(bias.size() == count, op, ": bias has ", bias.size(), " entries, but weight has ", count);
@@ -95,13 +93,13 @@ std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std
   return y;
 }
 
-Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
-  const char* op = "linear_t_decode";
+Tensor cpu::linear_t_decode(const char* op, const Names& names, const Tensor& x, const Tensor& weight, Optional bias,
+                            Optional idx, Optional z, const char* residual) {
   check_tokens(op, x);
-  LinearDecode job = make_job(op, x, weight, idx, Names{});
+  LinearDecode job = make_job(op, x, weight, idx, names);
   expect_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
-  const char* bias_data = check_bias(op, "bias", bias, job.width, x.scalar_type());
-  const float* factors = check_factors(op, "z", z, job.kept);
+  const char* bias_data = check_bias(op, names.bias.c_str(), bias, job.width, x.scalar_type());
+  const float* factors = check_factors(op, names.z.c_str(), z, job.kept);
   Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
   if (job.tokens == 0 || job.width == 0) return y;
   job.chunks = decode_chunks(job.kept, job.tokens);
@@ -111,8 +109,19 @@ Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx,
   job.partial = workspace.take<float>(sums);
   const auto kernel = PPNET_PICK(linear_inputs);
   take_turns(job.chunks, threads_for(weight_bytes(job)), [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
-  add_up(job.partial, job.chunks, bias_data, y);
+  add_up(job.partial, job.chunks, bias_data, residual, y);
   return y;
+}
+
+namespace {
+
+std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std::vector<Optional> bias,
+                                       std::vector<Optional> idx) {
+  return cpu::linears_decode("linears_decode", x, weight, bias, idx);
+}
+
+Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
+  return cpu::linear_t_decode("linear_t_decode", Names{}, x, weight, bias, idx, z);
 }
 
 }  // namespace

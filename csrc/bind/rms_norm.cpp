@@ -6,24 +6,21 @@
 #include <algorithm>
 #include <vector>
 
-#include "check.h"
 #include "memory.h"
+#include "operators.h"
 
 namespace ppnet {
-namespace {
 
-
-Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) {
-  const char* op = "rms_norm";
+Tensor cpu::rms_norm(const char* op, const Tensor& x, const Tensor& weight, double eps, const char* weight_name) {
   check_cpu(op, "x", x);
   check_narrow(op, "x", x);
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x has shape (); it must be (..., D)");
   RmsNorm job{};
   job.dtype = dtype_of(x);
   job.width = x.size(x.dim() - 1);
-  check_cpu(op, "weight", weight);
-  check_shape(op, "weight", weight, {job.width}, "(D,), D that of x");
-  check_dtype(op, "weight", weight, x.scalar_type(), "that of x");
+  check_cpu(op, weight_name, weight);
+  expect_shape(op, weight_name, weight, {job.width}, "(D,), D that of x");
+  check_dtype(op, weight_name, weight, x.scalar_type(), "that of x");
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
@@ -41,6 +38,10 @@ Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) {
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   return y;
 }
+
+namespace {
+
+Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) { return cpu::rms_norm("rms_norm", x, weight, eps); }
 
 }  // namespace
 

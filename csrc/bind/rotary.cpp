@@ -6,13 +6,11 @@
 #include <algorithm>
 #include <tuple>
 
-#include "check.h"
 #include "memory.h"
+#include "operators.h"
 
 namespace ppnet {
 namespace {
-
-constexpr const char* kOp = "rotary";
 
 Tensor with_contiguous_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
@@ -24,26 +22,28 @@ RotaryHeads heads_of(const Tensor& x, Tensor& y, int64_t bytes) {
           x.stride(2) * bytes, static_cast<char*>(y.mutable_data_ptr())};
 }
 
-void check_angles(const char* name, const Tensor& angles, const Tensor& query) {
-  check_cpu(kOp, name, angles);
-  check_dtype(kOp, name, angles, query.scalar_type(), "that of query");
+void check_angles(const char* op, const char* name, const Tensor& angles, const Tensor& query) {
+  check_cpu(op, name, angles);
+  check_dtype(op, name, angles, query.scalar_type(), "that of query");
   const bool shared = angles.dim() == 3 && angles.size(0) == 1;
-  check_shape(kOp, name, angles, {shared ? 1 : query.size(0), query.size(2), query.size(3)}, "(B or 1, T, Dh)");
+  expect_shape(op, name, angles, {shared ? 1 : query.size(0), query.size(2), query.size(3)}, "(B or 1, T, Dh)");
 }
 
+}  // namespace
+
 // Outputs are (B, T, H, Dh): transposed in ppnet/ops/rotary.py.
-std::tuple<Tensor, Tensor> rotary_cpu(Tensor query, Tensor key, Tensor cos, Tensor sin) {
-  check_cpu(kOp, "query", query);
-  check_narrow(kOp, "query", query);
-  STD_TORCH_CHECK(query.dim() == 4, kOp, ": query has shape ", shape(query), "; it must be (B, H, T, Dh)");
+std::tuple<Tensor, Tensor> cpu::rotary(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin) {
+  check_cpu(op, "query", query);
+  check_narrow(op, "query", query);
+  STD_TORCH_CHECK(query.dim() == 4, op, ": query has shape ", shape(query), "; it must be (B, H, T, Dh)");
   const int64_t batch = query.size(0), tokens = query.size(2), width = query.size(3);
-  STD_TORCH_CHECK(width % 2 == 0, kOp, ": query has shape ", shape(query), "; its last axis, Dh, must be even");
-  check_cpu(kOp, "key", key);
-  check_dtype(kOp, "key", key, query.scalar_type(), "that of query");
-  check_shape(kOp, "key", key, {batch, -1, tokens, width}, "(B, Hkv, T, Dh) with B, T and Dh of query");
-  check_angles("cos", cos, query);
-  check_angles("sin", sin, query);
-  STD_TORCH_CHECK(cos.size(0) == sin.size(0), kOp, ": sin has shape ", shape(sin), "; it must be that of cos, ",
+  STD_TORCH_CHECK(width % 2 == 0, op, ": query has shape ", shape(query), "; its last axis, Dh, must be even");
+  check_cpu(op, "key", key);
+  check_dtype(op, "key", key, query.scalar_type(), "that of query");
+  expect_shape(op, "key", key, {batch, -1, tokens, width}, "(B, Hkv, T, Dh) with B, T and Dh of query");
+  check_angles(op, "cos", cos, query);
+  check_angles(op, "sin", sin, query);
+  STD_TORCH_CHECK(cos.size(0) == sin.size(0), op, ": sin has shape ", shape(sin), "; it must be that of cos, ",
                   shape(cos));
   Tensor y = torch::stable::new_empty(query, {batch, tokens, query.size(1), width});
   Tensor z = torch::stable::new_empty(query, {batch, tokens, key.size(1), width});
@@ -68,6 +68,12 @@ std::tuple<Tensor, Tensor> rotary_cpu(Tensor query, Tensor key, Tensor cos, Tens
   torch::stable::parallel_for(0, batch * tokens, std::max<int64_t>(1, kBytesPerThread / per_token),
                               [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
   return {y, z};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> rotary_cpu(Tensor query, Tensor key, Tensor cos, Tensor sin) {
+  return cpu::rotary("rotary", query, key, cos, sin);
 }
 
 }  // namespace

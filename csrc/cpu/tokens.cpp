@@ -27,14 +27,15 @@ void turn_all(const W* x, int64_t tokens, int64_t kept, const float* gate, float
 }
 
 template <class W>
-void add_all(const float* partial, int64_t chunks, int64_t tokens, int64_t width, const W* bias, W* y, int64_t begin,
-             int64_t end) {
+void add_all(const float* partial, int64_t chunks, int64_t tokens, int64_t width, const W* bias, const W* residual, W* y,
+             int64_t begin, int64_t end) {
   const int64_t padded = padded_tokens(tokens), size = chunk_size(tokens, width);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t d = begin; d < end; d += kLanes) {
       const int64_t n = clamp(end - d);
       const float* from = partial + grouped_at(d, padded) + t * kGroup;
       vfloat total = bias ? load(bias + d, n) : splat(0);
+      if (residual) total = total + load(residual + t * width + d, n);
       for (int64_t c = 0; c < chunks; ++c) total = total + load(from + c * size, n);
       store(y + t * width + d, total, n);
     }
@@ -56,10 +57,11 @@ void turn_tokens(Dtype dtype, const char* x, int64_t tokens, int64_t kept, const
 }
 
 void add_chunks(Dtype dtype, const float* partial, int64_t chunks, int64_t tokens, int64_t width, const char* bias,
-                char* y, int64_t begin, int64_t end) {
+                const char* residual, char* y, int64_t begin, int64_t end) {
   with_element(dtype, [&](auto kind) {
     using W = decltype(kind);
-    add_all(partial, chunks, tokens, width, reinterpret_cast<const W*>(bias), reinterpret_cast<W*>(y), begin, end);
+    add_all(partial, chunks, tokens, width, reinterpret_cast<const W*>(bias), reinterpret_cast<const W*>(residual),
+            reinterpret_cast<W*>(y), begin, end);
   });
 }
 

@@ -41,10 +41,10 @@ PPNET_KERNEL(void group_tokens(Dtype dtype, const char* x, int64_t tokens, int64
 // factors[k][t] = x[t][k] * gate[k] (gate null: 1), (kept, padded): x (tokens, kept) of `dtype`, contiguous.
 PPNET_KERNEL(void turn_tokens(Dtype dtype, const char* x, int64_t tokens, int64_t kept, const float* gate,
                               float* factors))
-// y[t][d] = bias[d] (null: 0) + sum over chunks of partial[chunk][t][d], for columns [begin, end) and t < tokens;
-// `begin` is a multiple of kGroup, partial is (chunks, chunk_size(tokens, width)) in groups, y (tokens, width) of
-// `dtype` as is the bias.
+// y[t][d] = bias[d] + residual[t][d] (null: 0) + sum over chunks of partial[chunk][t][d], for columns [begin, end) and
+// t < tokens; `begin` is a multiple of kGroup, partial is (chunks, chunk_size(tokens, width)) in groups, y and residual
+// are (tokens, width) of `dtype`, as is the bias.
 PPNET_KERNEL(void add_chunks(Dtype dtype, const float* partial, int64_t chunks, int64_t tokens, int64_t width,
-                             const char* bias, char* y, int64_t begin, int64_t end))
+                             const char* bias, const char* residual, char* y, int64_t begin, int64_t end))
 
 }  // namespace ppnet

@@ -1,5 +1,6 @@
 """Compiled operators, each with a plain torch reference `<name>_ref`; the only place that says torch.ops.ppnet."""
 
+from ppnet.ops.decoder_layer import attend_mlp_decode, attend_mlp_decode_ref, qkv_decode, qkv_decode_ref
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_backward_ref, gated_act_ref
 from ppnet.ops.gated_attention import attention_path, gated_attention, gated_attention_ref
 from ppnet.ops.gated_attention_decode import gated_attention_decode, gated_attention_decode_ref
@@ -14,6 +15,8 @@ from ppnet.ops.row_norms import row_norms, row_norms_ref
 from ppnet.ops.rows import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
 
 __all__ = [
+    "attend_mlp_decode",
+    "attend_mlp_decode_ref",
     "attention_path",
     "gated_act",
     "gated_act_backward",
@@ -40,6 +43,8 @@ __all__ = [
     "linears_decode",
     "linears_decode_ref",
     "measure_linear",
+    "qkv_decode",
+    "qkv_decode_ref",
     "rms_norm",
     "rms_norm_ref",
     "rotary",

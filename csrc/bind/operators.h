@@ -1,0 +1,31 @@
+// The operators of a decoding step as functions, for the operators that are made of several of them: one call from
+// Python and one look at the arguments, where every single operator has its own. `op` is what errors call the caller.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "decode.h"
+
+namespace ppnet::cpu {
+
+// What the arguments of a linear layer are called in errors.
+struct LinearNames {
+  std::string weight = "weight", bias = "bias", idx = "idx", z = "z";
+};
+
+Tensor rms_norm(const char* op, const Tensor& x, const Tensor& weight, double eps, const char* weight_name = "weight");
+std::vector<Tensor> linears_decode(const char* op, const Tensor& x, const std::vector<Tensor>& weight,
+                                   std::vector<Optional>& bias, std::vector<Optional>& idx);
+std::tuple<Tensor, Tensor> rotary(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin);
+Tensor gated_attention_decode(const char* op, Tensor query, const Tensor& key, const Tensor& value, Optional groups,
+                              Optional gate, const Optional& mask, Optional lengths, double scale, int64_t window);
+// The residual, of the result's shape and dtype and contiguous, is added before the sum is rounded; null: 0.
+Tensor linear_t_decode(const char* op, const LinearNames& names, const Tensor& x, const Tensor& weight, Optional bias,
+                       Optional idx, Optional z, const char* residual = nullptr);
+Tensor gated_mlp_decode(const char* op, const Tensor& x, const Tensor& up, const Tensor& down, const Optional& gate,
+                        Optional up_bias, Optional gate_bias, Optional down_bias, Optional idx, Optional z,
+                        const std::string& act, const char* residual = nullptr);
+
+}  // namespace ppnet::cpu
