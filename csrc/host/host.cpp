@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <string>
 #include <thread>
 
 #include "bandwidth.h"
+#include "cache.h"
 
 namespace py = pybind11;
 
@@ -34,18 +34,9 @@ py::dict build_info() {
   return info;
 }
 
-// Bytes of each cache of the first processor; 0 where the system does not say. From sysfs: sysconf adds up the caches of
-// all sockets on some virtual machines.
-std::map<std::string, long> cache_sizes() {
-  std::map<std::string, long> sizes{{"l1d", 0}, {"l2", 0}, {"l3", 0}};
-  const std::pair<const char*, const char*> indices[] = {{"l1d", "0"}, {"l2", "2"}, {"l3", "3"}};
-  for (const auto& [cache, index] : indices) {
-    std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/index") + index + "/size");
-    long size = 0;
-    char unit = 0;
-    if (file >> size >> unit) sizes[cache] = size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0);
-  }
-  return sizes;
+// Bytes; 0 where the system does not say.
+std::map<std::string, int64_t> cache_sizes() {
+  return {{"l1d", ppnet::cache_size(0)}, {"l2", ppnet::cache_size(2)}, {"l3", ppnet::cache_size(3)}};
 }
 
 // malloc returns large blocks to the system when they are freed and maps new ones, page fault by page fault, when the
