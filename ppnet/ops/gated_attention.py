@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ppnet.ops.gated_attention_gemm import Rules, attended, empty_by_token, gemm, gemm_backward, wide
-from ppnet.ops.library import LIBRARY, define, same_device
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, int window"
 define(f"gated_attention({_SCHEMA}) -> (Tensor out, Tensor lse)")
@@ -45,6 +45,7 @@ def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
     return "gemm" if work >= (_GEMM_WORK_CAUSAL if is_causal else _GEMM_WORK) else "sdpa"
 
 
+@explain_types
 def gated_attention(
     query: Tensor,
     key: Tensor,
