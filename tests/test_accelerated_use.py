@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TOLERANCE, generate, logits, tiny, token_ids
+from helpers import MODEL_TYPES, TOLERANCE, generate, logits, tiny, token_ids
 from transformers import AutoModelForCausalLM
 
 from ppnet import accelerate, decelerate, resize, unwrap, wrap
@@ -137,6 +137,33 @@ def test_a_pickled_model_is_the_same(form, tmp_path):
         for each in (again, model):
             resize(each, 0.5)
         assert torch.equal(logits(again, ids), logits(model, ids))
+    code = (
+        "import torch\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        f"print(model(torch.tensor({ids.tolist()})).logits.sum().item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert abs(float(ran.stdout.splitlines()[-1]) - expected.sum().item()) <= expected.numel() * TOLERANCE
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["config", "copy of config"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_model_made_from_the_config_computes_as_with_sdpa(model_type, shared):
+    model, ids = tiny(model_type), token_ids(2, 5)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # left padding
+    state, expected, tokens = model.state_dict(), logits(model, ids), generate(model, ids, attention_mask=mask)
+    accelerate(model)
+    other = AutoModelForCausalLM.from_config(model.config if shared else copy.deepcopy(model.config)).eval()
+    other.load_state_dict(state)
+    assert not is_accelerated(other)
+    for change in (lambda each: each, accelerate, decelerate):
+        change(other)
+        assert (logits(other, ids) - expected).abs().max() <= TOLERANCE
+        assert torch.equal(generate(other, ids, attention_mask=mask), tokens)
+    assert other.config._attn_implementation == "sdpa"
+    assert torch.equal(generate(model, ids, attention_mask=mask), tokens)
 
 
 def test_replaced_activation_and_dropout_are_heeded():
