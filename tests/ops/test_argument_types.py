@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ppnet.extension as extension
 from ppnet import ops
 
 
@@ -83,9 +84,24 @@ def test_the_error_names_the_argument_and_its_type(name, gradients):
                 assert message.startswith(f"{name}: {argument}{where} is {found}; it must be a "), message
 
 
-def test_other_errors_stay_what_they_are():
+def test_a_missing_argument_stays_pythons_own_error():
     with pytest.raises(TypeError, match=r"missing 1 required positional argument: 'weight'"):
         ops.linear_decode(zeros(2, 8))  # type: ignore[call-arg]
-    with pytest.raises(RuntimeError, match=r"linear_decode: .*weight") as error:
-        ops.linear_decode(zeros(2, 8), zeros(6, 7))
+
+
+@pytest.mark.skipif(not extension.available(), reason="plain torch names neither operator nor argument")
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("linear_decode", dict(weight=zeros(6, 7)), "linear_decode: x has shape (2, 8); it must be (T, D), D that of"),
+        ("gated_act", dict(up=IDX), "gated_act: up has dtype Long; allowed are Float"),
+        ("gated_act", dict(act="swish"), 'gated_act: act is "swish"; allowed are silu'),
+        ("gather_rows", dict(idx=[IDX, IDX + 4]), "gather_rows: idx[1][2] is 6; allowed are 0 .. 5"),
+    ],
+)
+def test_other_errors_begin_with_the_operator(name, wrong, message):
+    """And not with a file of whoever built the extension."""
+    with pytest.raises(RuntimeError) as error:
+        getattr(ops, name)(**{**CALLS[name], **wrong})
+    assert str(error.value).startswith(message)
     assert error.value.__cause__ is None
