@@ -63,19 +63,27 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def register_attention() -> None:
+    """Makes both names known to transformers; any model may then use them, as it may use SDPA."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    for name in (TRAINING, DECODING):
+        AttentionInterface.register(name, partial(attention_forward, decode=name == DECODING))
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
 def use_attention(model: Any, name: str) -> str | None:
     """Switches a model to `TRAINING` or `DECODING`.
 
     Returns:
         What it had, to switch back to; None where it was something else than SDPA, which then stays.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     before = getattr(model.config, "_attn_implementation", None)
+    if before == DECODING:  # a model that was made from the config of an accelerated one
+        before = "sdpa"
     if before not in ("sdpa", TRAINING):
         return None
-    AttentionInterface.register(name, partial(attention_forward, decode=name == DECODING))
-    AttentionMaskInterface.register(name, sdpa_mask)
+    register_attention()
     model.set_attn_implementation(name)
     return before

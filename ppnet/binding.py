@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet import ops
+from ppnet.attention import register_attention
 from ppnet.decode import Kept, linear
 from ppnet.modes import transformed
 from ppnet.units import Leaf, Site, leaf_module
@@ -44,6 +45,11 @@ class Binding:
         clone = Binding(self.features, self.by_input)
         clone.decode = self.decode
         return clone
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        register_attention()  # the config of a pickled model names it, and this may be another process
 
     @property
     def overrides(self) -> bool:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and an independent reference of a gated pass: dense everything, times gates."""
+"""Tiny random models of every family, what they compute, and a reference of a gated pass: dense, times gates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ppnet.families import FAMILIES
 from ppnet.units import Structure
 
 MODEL_TYPES = sorted(FAMILIES)
+TOLERANCE = 4e-6
+"""Of the logits of tiny models in float32 that were added up in another order."""
 
 
 def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
@@ -33,6 +35,16 @@ def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
 
 def token_ids(batch: int = 3, length: int = 17, seed: int = 1, vocabulary: int = 96) -> Tensor:
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    """Ten greedy tokens."""
+    return model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0, **options)
 
 
 class GatedReference:

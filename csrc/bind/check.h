@@ -6,13 +6,27 @@
 
 #include <initializer_list>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "cpu/act.h"
 #include "cpu/dtype.h"
 
+// STD_TORCH_CHECK, without the function, file and line of this library that it puts before the message.
+#define PPNET_CHECK(condition, ...)               \
+  do {                                            \
+    if (!(condition)) ::ppnet::fail(__VA_ARGS__); \
+  } while (false)
+
 namespace ppnet {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());  // RuntimeError in Python
+}
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -38,28 +52,28 @@ inline Dtype dtype_of(const Tensor& t) {
 
 inline void check_floating(const char* op, const std::string& name, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-                      dtype == ScalarType::Double,
-                  op, ": ", name, " has dtype ", torch::headeronly::toString(dtype),
-                  "; allowed are Float, BFloat16, Half and Double");
+  PPNET_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                  dtype == ScalarType::Double,
+              op, ": ", name, " has dtype ", torch::headeronly::toString(dtype),
+              "; allowed are Float, BFloat16, Half and Double");
 }
 
 // The dtypes of generation.
 inline void check_narrow(const char* op, const std::string& name, const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ",
-                  name, " has dtype ", torch::headeronly::toString(dtype), "; allowed are Float, BFloat16 and Half");
+  PPNET_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ",
+              name, " has dtype ", torch::headeronly::toString(dtype), "; allowed are Float, BFloat16 and Half");
 }
 
 inline void check_dtype(const char* op, const std::string& name, const Tensor& t, ScalarType expected,
                         const char* because) {
-  STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " has dtype ",
-                  torch::headeronly::toString(t.scalar_type()), "; it must be ",
-                  torch::headeronly::toString(expected), " (", because, ")");
+  PPNET_CHECK(t.scalar_type() == expected, op, ": ", name, " has dtype ",
+              torch::headeronly::toString(t.scalar_type()), "; it must be ",
+              torch::headeronly::toString(expected), " (", because, ")");
 }
 
 inline void check_cpu(const char* op, const std::string& name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU; all tensors of a call must be on one device");
+  PPNET_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU; all tensors of a call must be on one device");
 }
 
 // Sizes of -1 are free; `meaning` spells the shape in the field's letters, as "(T, D)".
@@ -78,7 +92,7 @@ inline void check_shape(const char* op, const std::string& name, const Tensor& t
     ++d;
   }
   expected << (sizes.size() == 1 ? ",)" : ")");
-  STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape(t), "; it must be ", meaning, " = ", expected.str());
+  PPNET_CHECK(same, op, ": ", name, " has shape ", shape(t), "; it must be ", meaning, " = ", expected.str());
 }
 
 inline Act act_named(const char* op, const std::string& name) {
@@ -89,8 +103,7 @@ inline Act act_named(const char* op, const std::string& name) {
                                                    {"relu2", Act::relu2}};
   for (const auto& [known, act] : kActs)
     if (name == known) return act;
-  STD_TORCH_CHECK(false, op, ": act is \"", name, "\"; allowed are silu, gelu, gelu_tanh, relu and relu2");
-  return Act::silu;
+  fail(op, ": act is \"", name, "\"; allowed are silu, gelu, gelu_tanh, relu and relu2");
 }
 
 }  // namespace ppnet

@@ -57,8 +57,8 @@ struct Inputs {
 
 Rows matching_rows(const char* op, const char* name, const Tensor& t, const Tensor& up) {
   check_cpu(op, name, t);
-  STD_TORCH_CHECK(sizes_of(t) == sizes_of(up), op, ": ", name, " has shape ", shape(t), "; it must be that of up = ",
-                  shape(up));
+  PPNET_CHECK(sizes_of(t) == sizes_of(up), op, ": ", name, " has shape ", shape(t), "; it must be that of up = ",
+              shape(up));
   check_dtype(op, name, t, up.scalar_type(), "that of up");
   return rows_of(t, dtype_of(up));
 }
@@ -68,7 +68,7 @@ Inputs check_inputs(const char* op, const Tensor& up, const std::optional<Tensor
   Inputs in;
   check_cpu(op, "up", up);
   check_floating(op, "up", up);
-  STD_TORCH_CHECK(up.dim() >= 1, op, ": up has shape (); it must be (..., K)");
+  PPNET_CHECK(up.dim() >= 1, op, ": up has shape (); it must be (..., K)");
   GatedActJob& job = in.job;
   job.act = act_named(op, act);
   job.dtype = dtype_of(up);

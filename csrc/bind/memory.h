@@ -4,21 +4,19 @@
 #include <sys/mman.h>
 
 #include <cstdint>
-#include <fstream>
+
+#include "cache.h"
 
 namespace ppnet {
 
 // A thread is worth waking for this much memory traffic.
 constexpr int64_t kBytesPerThread = 1 << 17;
 
-// Bytes of the last-level cache, from sysfs: sysconf adds up the caches of all sockets on some virtual machines.
+// Bytes of the last-level cache; a guess where the system does not say.
 inline int64_t cache_bytes() {
   static const int64_t bytes = [] {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    int64_t size = 0;
-    char unit = 0;
-    file >> size >> unit;
-    return size > 0 ? size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0) : int64_t{32} << 20;
+    const int64_t size = cache_size(3);
+    return size > 0 ? size : int64_t{32} << 20;
   }();
   return bytes;
 }

@@ -1,5 +1,5 @@
-// ppnet._C as a Python module: importing it registers the operators (static initialisers of csrc/bind/*.cpp); the module
-// itself only holds the choice of the CPU instruction set.
+// ppnet._C as a Python module: importing it registers the operators (static initialisers of csrc/bind/*.cpp); the
+// module itself only holds the choice of the CPU instruction set.
 #include <Python.h>
 
 #include "isa.h"

@@ -32,8 +32,8 @@ std::vector<Item> check(const char* op, const Tensors& weight, const Tensors& sc
     // A scale of no features is no scale: the norms are 0 either way.
     item.scaled = !absent(scale[i]);
     if (item.scaled) {
-      STD_TORCH_CHECK(!vector, op, ": ", at("input_scale", i), " has shape ", shape(scale[i]), ", but ",
-                      at("weight", i), " is 1-D and has no features to scale; it must be empty");
+      PPNET_CHECK(!vector, op, ": ", at("input_scale", i), " has shape ", shape(scale[i]), ", but ",
+                  at("weight", i), " is 1-D and has no features to scale; it must be empty");
       check_cpu(op, at("input_scale", i), scale[i]);
       check_shape(op, at("input_scale", i), scale[i], {item.features()}, "(D,), or empty for no scale,");
       check_dtype(op, at("input_scale", i), scale[i], arithmetic(weight[i].scalar_type()), "the dtype of the norms");

@@ -29,21 +29,21 @@ void sort_columns(const std::vector<int32_t>& slot, JobArrays& arrays) {
 
 // Reads idx[i]: range, and for scatter uniqueness; fills the forms the kernels index with.
 void read_idx(const char* op, size_t i, const RowsItem& item, bool scatter, RowsJob& job, JobArrays& arrays) {
-  STD_TORCH_CHECK(item.full <= INT32_MAX, op, ": tensor ", i, " has size ", item.full,
-                  " along its indexed dim; at most ", INT32_MAX, " is supported");
+  PPNET_CHECK(item.full <= INT32_MAX, op, ": tensor ", i, " has size ", item.full,
+              " along its indexed dim; at most ", INT32_MAX, " is supported");
   const int64_t* idx = item.idx.const_data_ptr<int64_t>();
   std::vector<int32_t> slot(scatter ? static_cast<size_t>(item.full) : 0, -1);
   arrays.index.resize(static_cast<size_t>(item.kept));
   bool increasing = true;
   for (int64_t k = 0; k < item.kept; ++k) {
     const int64_t f = idx[k];
-    STD_TORCH_CHECK(f >= 0 && f < item.full, op, ": idx[", i, "][", k, "] is ", f, "; allowed are 0 .. ", item.full - 1,
-                    " (size ", item.full, " along the indexed dim)");
+    PPNET_CHECK(f >= 0 && f < item.full, op, ": idx[", i, "][", k, "] is ", f, "; allowed are 0 .. ", item.full - 1,
+                " (size ", item.full, " along the indexed dim)");
     increasing = increasing && (k == 0 || f > idx[k - 1]);
     arrays.index[static_cast<size_t>(k)] = static_cast<int32_t>(f);
     if (!scatter) continue;
-    STD_TORCH_CHECK(slot[static_cast<size_t>(f)] < 0, op, ": idx[", i, "] has ", f, " at positions ",
-                    slot[static_cast<size_t>(f)], " and ", k, "; its values must be unique");
+    PPNET_CHECK(slot[static_cast<size_t>(f)] < 0, op, ": idx[", i, "] has ", f, " at positions ",
+                slot[static_cast<size_t>(f)], " and ", k, "; its values must be unique");
     slot[static_cast<size_t>(f)] = static_cast<int32_t>(k);
   }
   if (job.columns && increasing) {

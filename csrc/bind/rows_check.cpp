@@ -15,19 +15,19 @@ ScalarType arithmetic(ScalarType dtype) { return dtype == ScalarType::Double ? S
 void check_lengths(const char* op, size_t n, const char* first,
                    std::initializer_list<std::pair<const char*, size_t>> lists) {
   for (const auto& [name, length] : lists)
-    STD_TORCH_CHECK(length == n, op, ": ", name, " has ", length, " entries, but ", first, " has ", n,
-                    "; every list needs one entry per tensor");
+    PPNET_CHECK(length == n, op, ": ", name, " has ", length, " entries, but ", first, " has ", n,
+                "; every list needs one entry per tensor");
 }
 
 void check_device(const char* op, const std::string& name, const Tensor& t, const Tensor& first) {
-  STD_TORCH_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), op, ": ", name,
-                  " is on another device than the first tensor; all tensors of a call must be on one device");
+  PPNET_CHECK(t.is_cpu() == first.is_cpu() && t.get_device_index() == first.get_device_index(), op, ": ", name,
+              " is on another device than the first tensor; all tensors of a call must be on one device");
 }
 
 void check_matrix(const char* op, const std::string& name, const Tensor& t, int64_t dim, size_t i) {
-  STD_TORCH_CHECK(t.dim() == 1 || t.dim() == 2, op, ": ", name, " has shape ", shape(t), "; allowed are 1-D and 2-D");
-  STD_TORCH_CHECK(dim >= 0 && dim < t.dim(), op, ": ", at("dim", i), " is ", dim, " for ", name, " of shape ", shape(t),
-                  "; allowed are 0 .. ", t.dim() - 1);
+  PPNET_CHECK(t.dim() == 1 || t.dim() == 2, op, ": ", name, " has shape ", shape(t), "; allowed are 1-D and 2-D");
+  PPNET_CHECK(dim >= 0 && dim < t.dim(), op, ": ", at("dim", i), " is ", dim, " for ", name, " of shape ", shape(t),
+              "; allowed are 0 .. ", t.dim() - 1);
   check_floating(op, name, t);
 }
 
@@ -54,9 +54,9 @@ Matrix orient(const Tensor& t, int64_t dim, bool transposed) {
 namespace {
 
 Tensor check_idx(const char* op, const Tensor& idx, size_t i, const Tensor& first) {
-  STD_TORCH_CHECK(idx.scalar_type() == ScalarType::Long, op, ": ", at("idx", i), " has dtype ",
-                  torch::headeronly::toString(idx.scalar_type()), "; it must be Long (int64)");
-  STD_TORCH_CHECK(idx.dim() == 1, op, ": ", at("idx", i), " has shape ", shape(idx), "; it must be (K,)");
+  PPNET_CHECK(idx.scalar_type() == ScalarType::Long, op, ": ", at("idx", i), " has dtype ",
+              torch::headeronly::toString(idx.scalar_type()), "; it must be Long (int64)");
+  PPNET_CHECK(idx.dim() == 1, op, ": ", at("idx", i), " has shape ", shape(idx), "; it must be (K,)");
   check_device(op, at("idx", i), idx, first);
   return idx.is_contiguous() ? idx : torch::stable::contiguous(idx);
 }
@@ -65,11 +65,11 @@ Tensor check_idx(const char* op, const Tensor& idx, size_t i, const Tensor& firs
 const Tensor* check_scale(const char* op, Tensor& scale, size_t i, int64_t kept, ScalarType dtype,
                           const Tensor& first) {
   if (absent(scale)) return nullptr;
-  STD_TORCH_CHECK(scale.dim() == 1 && scale.size(0) == kept, op, ": ", at("scale", i), " has shape ", shape(scale),
-                  "; it must be (K,) = (", kept, ",), or empty for no scale");
-  STD_TORCH_CHECK(scale.scalar_type() == arithmetic(dtype), op, ": ", at("scale", i), " has dtype ",
-                  torch::headeronly::toString(scale.scalar_type()), "; it must be ",
-                  torch::headeronly::toString(arithmetic(dtype)));
+  PPNET_CHECK(scale.dim() == 1 && scale.size(0) == kept, op, ": ", at("scale", i), " has shape ", shape(scale),
+              "; it must be (K,) = (", kept, ",), or empty for no scale");
+  PPNET_CHECK(scale.scalar_type() == arithmetic(dtype), op, ": ", at("scale", i), " has dtype ",
+              torch::headeronly::toString(scale.scalar_type()), "; it must be ",
+              torch::headeronly::toString(arithmetic(dtype)));
   check_device(op, at("scale", i), scale, first);
   if (!scale.is_contiguous()) scale = torch::stable::contiguous(scale);
   return &scale;
@@ -92,7 +92,7 @@ std::vector<RowsItem> gather_items(const Tensors& src, const Tensors& idx, Tenso
   std::vector<RowsItem> items;
   items.reserve(src.size());
   for (size_t i = 0; i < src.size(); ++i) {
-    STD_TORCH_CHECK(src[i].is_cuda() == cuda, op, ": ", at("src", i), " is not on the device of this kernel");
+    PPNET_CHECK(src[i].is_cuda() == cuda, op, ": ", at("src", i), " is not on the device of this kernel");
     check_device(op, at("src", i), src[i], src[0]);
     check_matrix(op, at("src", i), src[i], dim[i], i);
     RowsItem item;
@@ -120,30 +120,30 @@ std::vector<RowsItem> scatter_items(const Tensors& grad, const Tensors& idx, Ten
   std::vector<RowsItem> items;
   items.reserve(grad.size());
   for (size_t i = 0; i < grad.size(); ++i) {
-    STD_TORCH_CHECK(grad[i].is_cuda() == cuda, op, ": ", at("grad", i), " is not on the device of this kernel");
+    PPNET_CHECK(grad[i].is_cuda() == cuda, op, ": ", at("grad", i), " is not on the device of this kernel");
     check_device(op, at("grad", i), grad[i], grad[0]);
     check_matrix(op, at("grad", i), grad[i], dim[i], i);
     RowsItem item;
     item.idx = check_idx(op, idx[i], i, grad[0]);
     item.kept = item.idx.size(0);
-    STD_TORCH_CHECK(grad[i].size(dim[i]) == item.kept, op, ": ", at("grad", i), " has size ", grad[i].size(dim[i]),
-                    " along dim ", dim[i], ", but ", at("idx", i), " has ", item.kept, " entries");
+    PPNET_CHECK(grad[i].size(dim[i]) == item.kept, op, ": ", at("grad", i), " has size ", grad[i].size(dim[i]),
+                " along dim ", dim[i], ", but ", at("idx", i), " has ", item.kept, " entries");
     item.scale = check_scale(op, scale[i], i, item.kept, grad[i].scalar_type(), grad[0]);
     item.has_weight = !absent(weight[i]);
     item.writes_out = size[i] > 0 || !item.has_weight;
-    STD_TORCH_CHECK(size[i] >= 0, op, ": ", at("size", i), " is ", size[i], "; it must not be negative");
+    PPNET_CHECK(size[i] >= 0, op, ": ", at("size", i), " is ", size[i], "; it must not be negative");
     item.full = item.writes_out ? size[i] : weight[i].size(dim[i]);
     if (item.has_weight) {
       check_device(op, at("weight", i), weight[i], grad[0]);
       check_matrix(op, at("weight", i), weight[i], dim[i], i);
-      STD_TORCH_CHECK(weight[i].scalar_type() == grad[i].scalar_type(), op, ": ", at("weight", i), " has dtype ",
-                      torch::headeronly::toString(weight[i].scalar_type()), ", but ", at("grad", i), " has ",
-                      torch::headeronly::toString(grad[i].scalar_type()));
+      PPNET_CHECK(weight[i].scalar_type() == grad[i].scalar_type(), op, ": ", at("weight", i), " has dtype ",
+                  torch::headeronly::toString(weight[i].scalar_type()), ", but ", at("grad", i), " has ",
+                  torch::headeronly::toString(grad[i].scalar_type()));
       bool same = weight[i].dim() == grad[i].dim();
       for (int64_t d = 0; same && d < grad[i].dim(); ++d)
         same = weight[i].size(d) == (d == dim[i] ? item.full : grad[i].size(d));
-      STD_TORCH_CHECK(same, op, ": ", at("weight", i), " has shape ", shape(weight[i]), "; it must be that of ",
-                      at("grad", i), " = ", shape(grad[i]), " with ", item.full, " along dim ", dim[i]);
+      PPNET_CHECK(same, op, ": ", at("weight", i), " has shape ", shape(weight[i]), "; it must be that of ",
+                  at("grad", i), " = ", shape(grad[i]), " with ", item.full, " along dim ", dim[i]);
     }
     // The weight is the larger of the two: its memory order decides, so that the grad is the one to be copied.
     const bool transposed = prefers_transpose(item.has_weight ? weight[i] : grad[i]);

@@ -96,7 +96,7 @@ inline void soon(const void* from) {
   for (int line = 0; line < kLines; ++line) __builtin_prefetch(static_cast<const char*>(from) + line * kLineBytes);
 }
 
-// ---- dots: kDotRows rows times T tokens in registers; columns go in tiles whose tokens stay in the L1 cache ----------
+// ---- dots: kDotRows rows times T tokens in registers; columns go in tiles whose tokens stay in the L1 cache ---------
 
 template <int T>
 constexpr int kDotRows = kLanes == 16 ? (T <= 4 ? 4 : 3) : T <= 2 ? 4 : T == 4 ? 2 : 1;

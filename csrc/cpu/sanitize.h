@@ -1,7 +1,7 @@
-// Intrinsics whose memory accesses AddressSanitizer does not see, because GCC has them as built-ins and not as loads and
-// stores: masked ones, and stores around the cache. In a build with AddressSanitizer they first read every element that
-// they are about to touch, which it does see; in any other this file is empty. Included only by convert.h. An intrinsic
-// of this kind that the kernels begin to use belongs here too.
+// Intrinsics whose memory accesses AddressSanitizer does not see, because GCC has them as built-ins and not as loads
+// and stores: masked ones, and stores around the cache. In a build with AddressSanitizer they first read every element
+// that they are about to touch, which it does see; in any other this file is empty. Included only by convert.h. An
+// intrinsic of this kind that the kernels begin to use belongs here too.
 #pragma once
 
 #if defined(__SANITIZE_ADDRESS__) && defined(__x86_64__)

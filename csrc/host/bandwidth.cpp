@@ -262,7 +262,7 @@ char* allocate(long bytes, bool huge_pages) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
-  madvise(data, size, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);  // where there are none, ordinary ones are measured
+  madvise(data, size, huge_pages ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);  // where there are none, ordinary ones are read
 #else
   void* data = ::operator new(size, std::align_val_t{kPage});
   (void)huge_pages;

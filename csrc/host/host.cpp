@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <climits>
 #include <cstdint>
-#include <fstream>
 #include <map>
 #include <memory>
 #include <string>
 #include <thread>
 
 #include "bandwidth.h"
+#include "cache.h"
 
 namespace py = pybind11;
 
@@ -34,18 +34,9 @@ py::dict build_info() {
   return info;
 }
 
-// Bytes of each cache of the first processor; 0 where the system does not say. From sysfs: sysconf adds up the caches of
-// all sockets on some virtual machines.
-std::map<std::string, long> cache_sizes() {
-  std::map<std::string, long> sizes{{"l1d", 0}, {"l2", 0}, {"l3", 0}};
-  const std::pair<const char*, const char*> indices[] = {{"l1d", "0"}, {"l2", "2"}, {"l3", "3"}};
-  for (const auto& [cache, index] : indices) {
-    std::ifstream file(std::string("/sys/devices/system/cpu/cpu0/cache/index") + index + "/size");
-    long size = 0;
-    char unit = 0;
-    if (file >> size >> unit) sizes[cache] = size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0);
-  }
-  return sizes;
+// Bytes; 0 where the system does not say.
+std::map<std::string, int64_t> cache_sizes() {
+  return {{"l1d", ppnet::cache_size(0)}, {"l2", ppnet::cache_size(2)}, {"l3", ppnet::cache_size(3)}};
 }
 
 // malloc returns large blocks to the system when they are freed and maps new ones, page fault by page fault, when the
@@ -60,7 +51,8 @@ bool keep_freed_memory() {
 }
 
 // Gives `bytes` at `address` pages of 2 MB, in place, whatever is mapped there now: ordinary pages cost a walk through
-// the page tables every 4 KB that are read. False where that cannot be: before Linux 6.1, of a file, without free pages.
+// the page tables every 4 KB that are read. False where that cannot be: before Linux 6.1, of a file, without free
+// pages.
 bool use_large_pages(uintptr_t address, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -86,7 +78,8 @@ bool use_large_pages(uintptr_t address, size_t bytes) {
 
 std::unique_ptr<ppnet::MemoryProbe> memory_probe(long bytes, int threads, bool huge_pages) {
   if (bytes < kLeastBytes)
-    throw py::value_error("MemoryProbe: bytes is " + std::to_string(bytes) + ", at least " + std::to_string(kLeastBytes));
+    throw py::value_error("MemoryProbe: bytes is " + std::to_string(bytes) + ", at least " +
+                          std::to_string(kLeastBytes));
   if (threads < 1 || threads > 1024)
     throw py::value_error("MemoryProbe: threads is " + std::to_string(threads) + ", allowed are 1 .. 1024");
   py::gil_scoped_release release;
@@ -107,7 +100,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info, "Compiler, instruction sets, torch and CUDA architectures of the build.");
   m.def("cache_sizes", &cache_sizes, "Bytes of the l1d, l2 and l3 caches; 0 where unknown.");
   m.def("keep_freed_memory", &keep_freed_memory,
-        "Keep freed memory in the process for the next tensor, for the rest of the process. Whether that is possible here.");
+        "Keep freed memory in the process for the next tensor, for the rest of the process. Whether that is possible.");
   m.def("use_large_pages", &use_large_pages, py::arg("address"), py::arg("bytes"),
         py::call_guard<py::gil_scoped_release>(),
         "Pages of 2 MB for memory of this process, in place. Whether that was possible.");

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppnet.ops.library import LIBRARY, define, same_device
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -23,6 +23,7 @@ define(
 )
 
 
+@explain_types
 def gated_act(up: Tensor, gate: Tensor | None = None, z: Tensor | None = None, act: str = "silu") -> Tensor:
     """h = z · act(gate) · up, or z · act(up) without a gate. Returns h (..., K), contiguous, of up's dtype.
 
@@ -37,6 +38,7 @@ def gated_act(up: Tensor, gate: Tensor | None = None, z: Tensor | None = None, a
     return torch.ops.ppnet.gated_act(up, gate, z, act)
 
 
+@explain_types
 def gated_act_backward(
     dh: Tensor,
     up: Tensor,

@@ -7,11 +7,13 @@ with g = h // (H / Hkv). Two paths compute it, chosen by `attention_path` from s
 softmax between, a block of queries at a time. `attention_path` says why.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ppnet.ops.gated_attention_gemm import attended, empty_by_token, gemm, gemm_backward, wide
-from ppnet.ops.library import LIBRARY, define, same_device
+from ppnet.ops.gated_attention_gemm import Rules, attended, empty_by_token, gemm, gemm_backward, wide
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
 _SCHEMA = "Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale, int window"
 define(f"gated_attention({_SCHEMA}) -> (Tensor out, Tensor lse)")
@@ -43,6 +45,7 @@ def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
     return "gemm" if work >= (_GEMM_WORK_CAUSAL if is_causal else _GEMM_WORK) else "sdpa"
 
 
+@explain_types
 def gated_attention(
     query: Tensor,
     key: Tensor,
@@ -102,10 +105,11 @@ def gated_attention_ref(
     repeat = query.shape[1] // max(1, key.shape[1])
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
-    attend = _attend(query, key, mask, is_causal, window or 0)
+    rules = Rules(mask, is_causal, _default_scale(query) if scale is None else scale, window or 0)
+    attend = _attend(query, key, rules)
     used = attend.expand(query.shape[0], -1, query.shape[2], -1).any(2).any(1)[:, None, :, None]
     key, value = (torch.where(used, t, 0).repeat_interleave(repeat, 1) for t in (key, value))
-    scores = query @ key.transpose(-1, -2) * (_default_scale(query) if scale is None else scale)
+    scores = query @ key.transpose(-1, -2) * rules.scale
     if mask is not None and mask.dtype != torch.bool:
         scores = scores + mask
     alive = attend.any(-1, keepdim=True)
@@ -161,31 +165,29 @@ def _check(
 # --- which positions --------------------------------------------------------------------------------------------------
 
 
-def _attend(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, window: int) -> Tensor:
+def _attend(query: Tensor, key: Tensor, rules: Rules) -> Tensor:
     """Which positions each query attends to: bool, (1, 1, T, S) or as large as the mask."""
     tokens, keys = query.shape[2], key.shape[2]
     position = torch.arange(keys, device=query.device)
     own = torch.arange(keys - tokens, keys, device=query.device)[:, None]
     attend = torch.ones((1, 1, tokens, keys), dtype=torch.bool, device=query.device)
-    if is_causal:
+    if rules.is_causal:
         attend = attend & (position <= own)
-    if window:
-        attend = attend & (position > own - window)
-    return attend if mask is None else attend & attended(mask)
+    if rules.window:
+        attend = attend & (position > own - rules.window)
+    return attend if rules.mask is None else attend & attended(rules.mask)
 
 
-def _without_garbage(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, window: int
-) -> tuple[Tensor, Tensor]:
+def _without_garbage(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
     """key and value with 0 where no query of the sequence attends: 0 · NaN would reach the products."""
-    if mask is None:
-        unseen = key.shape[2] - query.shape[2] - window + 1 if window else 0
+    if rules.mask is None:
+        unseen = key.shape[2] - query.shape[2] - rules.window + 1 if rules.window else 0
         if unseen <= 0:
             return key, value
         used = torch.arange(key.shape[2], device=key.device)[:, None] >= unseen
     else:
-        mask = mask[(None,) * (4 - mask.dim())]
-        attend = _attend(query, key, mask, is_causal, window) if is_causal or window else attended(mask)
+        mask, ruled = rules.mask[(None,) * (4 - rules.mask.dim())], rules.is_causal or rules.window
+        attend = _attend(query, key, replace(rules, mask=mask)) if ruled else attended(mask)
         used = attend.any(2).any(1)[:, None, :, None]
     return torch.where(used, key, 0), torch.where(used, value, 0)
 
@@ -198,11 +200,12 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _flash_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, window: int) -> Tensor | None:
+def _flash_mask(query: Tensor, key: Tensor, rules: Rules) -> Tensor | None:
     """What the flash kernel's own causal rule does not cover, as a bias of query's dtype."""
-    if mask is None and not window and not (is_causal and query.shape[2] != key.shape[2]):
+    mask = rules.mask
+    if mask is None and not rules.window and not (rules.is_causal and query.shape[2] != key.shape[2]):
         return None
-    attend = _attend(query, key, mask, is_causal, window)
+    attend = _attend(query, key, rules)
     bias = torch.zeros((), dtype=query.dtype) if mask is None or mask.dtype == torch.bool else mask.to(query.dtype)
     return torch.where(attend, bias, -torch.inf)
 
@@ -214,13 +217,13 @@ def _flash_mask(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool
 def _gated_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    lse = query.new_zeros(query.shape[:3], dtype=wide(query))
+    rules, lse = Rules(mask, is_causal, scale, window), query.new_zeros(query.shape[:3], dtype=wide(query))
     if query.numel() == 0 or key.numel() == 0:
         return empty_by_token(query).zero_(), lse
-    key, value = _without_garbage(query, key, value, mask, is_causal, window)
+    key, value = _without_garbage(query, key, value, rules)
     if attention_path(query, key, is_causal) == "gemm":
-        return gemm(query, key, value, mask, is_causal, scale, window), lse
-    bias = _flash_mask(query, key, mask, is_causal, window)
+        return gemm(query, key, value, rules), lse
+    bias = _flash_mask(query, key, rules)
     query, key, value = _rows(query), _rows(key), _rows(value)
     out, lse = _FLASH(query, key, value, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale)
     by_token = out.transpose(1, 2).is_contiguous()
@@ -242,11 +245,11 @@ def _gated_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         return empty_by_token(query).zero_(), torch.zeros_like(key), torch.zeros_like(value)
-    dkey, dvalue = torch.empty_like(key), torch.empty_like(value)
-    key, value = _without_garbage(query, key, value, mask, is_causal, window)
+    rules, dkey, dvalue = Rules(mask, is_causal, scale, window), torch.empty_like(key), torch.empty_like(value)
+    key, value = _without_garbage(query, key, value, rules)
     if attention_path(query, key, is_causal) == "gemm":
-        return gemm_backward(dout, query, key, value, mask, is_causal, scale, window, dkey, dvalue)
-    bias = _flash_mask(query, key, mask, is_causal, window)
+        return gemm_backward(dout, query, key, value, rules, dkey, dvalue)
+    bias = _flash_mask(query, key, rules)
     gradients = _FLASH_BACKWARD(
         *map(_rows, (dout, query, key, value)), out, lse, 0.0, is_causal and bias is None, attn_mask=bias, scale=scale
     )

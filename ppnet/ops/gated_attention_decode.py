@@ -9,7 +9,7 @@ with g = h // (H / G). A query that may attend to nothing gives 0 (torch's SDPA 
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, same_device
+from ppnet.ops.library import LIBRARY, define, explain, same_device
 
 define(
     "gated_attention_decode(Tensor query, Tensor key, Tensor value, Tensor? groups, Tensor? gate, Tensor? mask,"
@@ -51,27 +51,31 @@ def gated_attention_decode(
     Under autocast a query of another dtype is cast to the cache's. Not differentiable (`gated_attention` is): raises
     RuntimeError where a gradient would be recorded. Errors (RuntimeError) name the argument and its value.
     """
-    if query.dim() != 4 or key.dim() != 4:
-        name, t, axes = ("query", query, "H, T") if query.dim() != 4 else ("key", key, "Hkv, S")
-        raise RuntimeError(f"gated_attention_decode: {name} has shape {tuple(t.shape)}; it must be (B, {axes}, Dh)")
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        raise RuntimeError(
-            "gated_attention_decode: query, key or value requires a gradient, and this operator has none; "
-            "call it under torch.no_grad(), or train with gated_attention"
+    try:
+        if query.dim() != 4 or key.dim() != 4:
+            name, t, axes = ("query", query, "H, T") if query.dim() != 4 else ("key", key, "Hkv, S")
+            raise RuntimeError(f"gated_attention_decode: {name} has shape {tuple(t.shape)}; it must be (B, {axes}, Dh)")
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise RuntimeError(
+                "gated_attention_decode: query, key or value requires a gradient, and this operator has none; "
+                "call it under torch.no_grad(), or train with gated_attention"
+            )
+        if query.dtype != key.dtype and query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
+            query = query.to(key.dtype)
+        return _gated_attention_decode(
+            query,
+            key,
+            value,
+            groups,
+            gate,
+            mask,
+            lengths,
+            max(query.shape[-1], 1) ** -0.5 if scale is None else scale,
+            0 if window is None else window,
         )
-    if query.dtype != key.dtype and query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
-        query = query.to(key.dtype)
-    return _gated_attention_decode(
-        query,
-        key,
-        value,
-        groups,
-        gate,
-        mask,
-        lengths,
-        max(query.shape[-1], 1) ** -0.5 if scale is None else scale,
-        0 if window is None else window,
-    )
+    except Exception as error:
+        explain(error, gated_attention_decode, locals())
+        raise
 
 
 def gated_attention_decode_ref(

@@ -7,6 +7,7 @@ does too. Nothing is computed where a causal rule or a window masks a whole bloc
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from torch import Tensor
 # A block of scores, and its queries: 8 MB of bf16 stay in the last-level cache; fewer queries slow the products down.
 _BLOCK_SCORES = 1 << 22
 _BLOCK_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a call of gated_attention asks for beside query, key and value."""
+
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    window: int  # 0: none
 
 
 def attended(mask: Tensor) -> Tensor:
@@ -38,22 +49,12 @@ def _block_queries(heads: int, keys: int) -> int:
 class _Blocks:
     """Heads of one sequence in blocks of queries: scores of (Hkv, H / Hkv · queries, keys) at a time."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        window: int,
-        memory: list[Tensor],
-    ) -> None:
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, rules: Rules, memory: list[Tensor]) -> None:
         self.heads, self.tokens, self.width = query.shape
         self.kv_heads, self.keys = key.shape[:2]
         self.query = query.view(self.kv_heads, -1, self.tokens, self.width)
         self.key, self.value = key.contiguous(), value.contiguous()
-        self.mask, self.is_causal, self.scale, self.window, self.memory = mask, is_causal, scale, window, memory
+        self.rules, self.memory = rules, memory
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
         """Queries and the keys that some of them attend to."""
@@ -61,8 +62,8 @@ class _Blocks:
         before = self.keys - self.tokens
         for first in range(0, self.tokens, size):
             last = min(first + size, self.tokens)
-            end = min(self.keys, before + last) if self.is_causal else self.keys
-            start = max(0, before + first - self.window + 1) if self.window else 0
+            end = min(self.keys, before + last) if self.rules.is_causal else self.keys
+            start = max(0, before + first - self.rules.window + 1) if self.rules.window else 0
             if start < end:
                 yield slice(first, last), slice(start, end)
 
@@ -82,10 +83,10 @@ class _Blocks:
     def weights(self, rows: Tensor, queries: slice, keys: slice) -> Tensor:
         """softmax of the masked scores; 0 in rows that attend to nothing."""
         by_key = self.key[:, keys].transpose(1, 2)
-        scores = self.product(0, rows, by_key, self.scale)
+        scores = self.product(0, rows, by_key, self.rules.scale)
         self._mask_(scores.view(self.kv_heads, self.heads // self.kv_heads, -1, scores.shape[-1]), queries, keys)
         alone = None  # rows that attend to nothing
-        if self.mask is not None or (self.is_causal and self.tokens > self.keys):
+        if self.rules.mask is not None or (self.rules.is_causal and self.tokens > self.keys):
             alone = scores.amax(-1, keepdim=True) == -torch.inf
         # In place: the kernel reads a row before it writes it, and half of the cache is saved.
         weights = torch._softmax(scores, -1, False, out=scores)
@@ -94,15 +95,16 @@ class _Blocks:
     def _mask_(self, scores: Tensor, queries: slice, keys: slice) -> None:
         before = self.keys - self.tokens
         own = torch.arange(before + queries.start, before + queries.stop)[:, None]
-        if self.is_causal:  # only the block's last keys lie after some query
+        mask, window = self.rules.mask, self.rules.window
+        if self.rules.is_causal:  # only the block's last keys lie after some query
             start = max(keys.start, before + queries.start + 1)
             scores[..., start - keys.start :].masked_fill_(torch.arange(start, keys.stop) > own, -torch.inf)
-        if self.window:  # and only its first keys before some query's window
-            stop = min(keys.stop, before + queries.stop - self.window)
-            first = torch.arange(keys.start, max(stop, keys.start)) <= own - self.window
+        if window:  # and only its first keys before some query's window
+            stop = min(keys.stop, before + queries.stop - window)
+            first = torch.arange(keys.start, max(stop, keys.start)) <= own - window
             scores[..., : first.shape[1]].masked_fill_(first, -torch.inf)
-        if self.mask is not None:
-            mask = self.mask[:, queries if self.mask.shape[1] > 1 else slice(None)]
+        if mask is not None:
+            mask = mask[:, queries if mask.shape[1] > 1 else slice(None)]
             mask = mask[..., keys if mask.shape[2] > 1 else slice(None)]
             if mask.shape[0] > 1:
                 mask = mask.reshape(self.kv_heads, -1, *mask.shape[1:])
@@ -112,18 +114,10 @@ class _Blocks:
 
 
 def _parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int,
-    buffers: int,
+    query: Tensor, key: Tensor, value: Tensor, rules: Rules, buffers: int
 ) -> Iterator[tuple[int, slice, slice, _Blocks]]:
     """Sequence, heads, KV heads and their blocks: as few heads at a time as fill a block of scores."""
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
+    mask = None if rules.mask is None else rules.mask[(None,) * (4 - rules.mask.dim())]
     (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
     repeat = heads // kv_heads
     step = min(kv_heads, max(1, _BLOCK_SCORES // (repeat * keys * min(_BLOCK_QUERIES, tokens))))
@@ -135,17 +129,13 @@ def _parts(
         own = None
         if mask is not None:
             own = mask[b if mask.shape[0] > 1 else 0, of_query if mask.shape[1] > 1 else slice(None)]
-        blocks = _Blocks(
-            query[b, of_query].contiguous(), key[b, of_kv], value[b, of_kv], own, is_causal, scale, window, memory
-        )
-        yield b, of_query, of_kv, blocks
+        part = query[b, of_query].contiguous(), key[b, of_kv], value[b, of_kv]
+        yield b, of_query, of_kv, _Blocks(*part, replace(rules, mask=own), memory)
 
 
-def gemm(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, window: int
-) -> Tensor:
+def gemm(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
     out = empty_by_token(query).zero_()
-    for b, heads, _, blocks in _parts(query, key, value, mask, is_causal, scale, window, 2):
+    for b, heads, _, blocks in _parts(query, key, value, rules, 2):
         to = out[b, heads].unflatten(0, (blocks.kv_heads, -1))
         for queries, keys in blocks:
             weights = blocks.weights(blocks.rows(blocks.query, queries), queries, keys)
@@ -155,20 +145,11 @@ def gemm(
 
 
 def gemm_backward(
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    window: int,
-    dkey: Tensor,
-    dvalue: Tensor,
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, rules: Rules, dkey: Tensor, dvalue: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients; those of key and value are written to `dkey` and `dvalue`."""
     dquery = empty_by_token(query).zero_()
-    for b, heads, kv_heads, blocks in _parts(query, key, value, mask, is_causal, scale, window, 3):
+    for b, heads, kv_heads, blocks in _parts(query, key, value, rules, 3):
         to = dquery[b, heads].unflatten(0, (blocks.kv_heads, -1))
         dout_b = dout[b, heads].contiguous()
         # Sums over blocks in float32, rounded once.
@@ -181,8 +162,8 @@ def gemm_backward(
             dscores = torch._softmax_backward_data(
                 dweights, weights, -1, weights.dtype, grad_input=blocks.buffer(2, weights.shape)
             )
-            product = blocks.product(1, dscores, blocks.key[:, keys], scale)
+            product = blocks.product(1, dscores, blocks.key[:, keys], rules.scale)
             to[:, :, queries] = product.view(to[:, :, queries].shape)
             dkey_b[:, keys] += blocks.product(1, dscores.transpose(1, 2), rows)
-        dkey[b, kv_heads], dvalue[b, kv_heads] = dkey_b * scale, dvalue_b
+        dkey[b, kv_heads], dvalue[b, kv_heads] = dkey_b * rules.scale, dvalue_b
     return dquery, dkey, dvalue

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_ref
-from ppnet.ops.library import LIBRARY, define, same_device
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 from ppnet.ops.linear import linear
 from ppnet.ops.rows import _prefers_transpose, gather_rows, scatter_rows
 
@@ -33,6 +33,7 @@ define(
 )
 
 
+@explain_types
 def gated_mlp(
     x: Tensor,
     up: Tensor,

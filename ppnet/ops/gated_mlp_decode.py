@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppnet.ops.gated_act import activation
-from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device
+from ppnet.ops.library import LIBRARY, define, explain, follow_autocast, refuse_gradient, same_device
 
 define(
     "gated_mlp_decode(Tensor x, Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias,"
@@ -56,8 +56,12 @@ def gated_mlp_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    refuse_gradient("gated_mlp_decode", "gated_mlp", x, up, down, gate, up_bias, gate_bias, down_bias, z)
-    return _gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
+    try:
+        refuse_gradient("gated_mlp_decode", "gated_mlp", x, up, down, gate, up_bias, gate_bias, down_bias, z)
+        return _gated_mlp_decode(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)
+    except Exception as error:
+        explain(error, gated_mlp_decode, locals())
+        raise
 
 
 def gated_mlp_decode_ref(

@@ -5,8 +5,12 @@ Schemas are defined in Python, not in C++, so that the operators exist, trace an
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
+import typing
 from collections.abc import Callable, Collection, Sequence, Sized
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +19,56 @@ import ppnet.extension  # noqa: F401  registers the compiled kernels
 
 LIBRARY = torch.library.Library("ppnet", "FRAGMENT")
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def define(schema: str) -> None:
     """Defines ``ppnet::<schema>``."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def explain_types(function: Callable[P, R]) -> Callable[P, R]:
+    """`explain` for the errors of an operator that takes long enough for one more Python call not to matter."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            explain(error, function, dict(zip(inspect.signature(function).parameters, args, strict=False)) | kwargs)
+            raise
+
+    return call
+
+
+def explain(error: Exception, operator: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """RuntimeError if what failed had an argument that is no tensor, or no list, and should be one; it is named.
+
+    Only failed calls are looked at, so that others cost nothing. By itself a failure says little: the dispatcher takes
+    None for an undefined tensor, and numpy arrays come as far as their first attribute.
+    """
+    hints = typing.get_type_hints(operator)
+    for name, value in arguments.items():
+        misfit = _unlike(name, value, hints.get(name))
+        if misfit is not None:
+            raise RuntimeError(f"{operator.__name__}: {misfit}") from error
+
+
+def _unlike(name: str, value: Any, hint: Any) -> str | None:
+    options = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    wanted, optional = options[0], types.NoneType in options
+    if optional and value is None:
+        return None
+    if typing.get_origin(wanted) is Sequence:
+        if isinstance(value, (list, tuple)):
+            entries = ((f"{name}[{i}]", entry) for i, entry in enumerate(value))
+            return next((text for entry in entries if (text := _unlike(*entry, typing.get_args(wanted)[0]))), None)
+    elif wanted is not Tensor or isinstance(value, Tensor):
+        return None
+    found = "None" if value is None else f"of type {type(value).__module__}.{type(value).__qualname__}"
+    expected = "a tensor" if wanted is Tensor else "a list"
+    return f"{name} is {found.replace('builtins.', '')}; it must be {expected}{' or None' if optional else ''}"
 
 
 def same_device(operator: str, **arguments: Tensor | Sequence[Tensor] | None) -> None:

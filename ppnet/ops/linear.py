@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ppnet.ops.library import LIBRARY, define, same_device
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
 PATHS = ("auto", "torch", "onednn")
 
@@ -55,6 +55,7 @@ _FASTER = tuple(dtype for (*processor, dtype), ratio in MEASURED.items() if tupl
 _path = "auto"
 
 
+@explain_types
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weightᵀ + bias: F.linear, by the path that `linear_choice` names, forward and backward.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device
+from ppnet.ops.library import LIBRARY, define, explain, follow_autocast, refuse_gradient, same_device
 
 # What the decode operators take.
 MOST_TOKENS = 8
@@ -42,8 +42,12 @@ def linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx:
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    refuse_gradient("linear_decode", "torch.nn.functional.linear", x, weight, bias)
-    return _linear_decode(x, weight, bias, idx)
+    try:
+        refuse_gradient("linear_decode", "torch.nn.functional.linear", x, weight, bias)
+        return _linear_decode(x, weight, bias, idx)
+    except Exception as error:
+        explain(error, linear_decode, locals())
+        raise
 
 
 def linear_t_decode(
@@ -73,8 +77,12 @@ def linear_t_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    refuse_gradient("linear_t_decode", "torch.nn.functional.linear", x, weight, bias, z)
-    return _linear_t_decode(x, weight, bias, idx, z)
+    try:
+        refuse_gradient("linear_t_decode", "torch.nn.functional.linear", x, weight, bias, z)
+        return _linear_t_decode(x, weight, bias, idx, z)
+    except Exception as error:
+        explain(error, linear_t_decode, locals())
+        raise
 
 
 def linear_decode_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, idx: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device, same_lengths
+from ppnet.ops.library import LIBRARY, define, explain, follow_autocast, refuse_gradient, same_device, same_lengths
 from ppnet.ops.linear_decode import linear_decode_ref
 
 define("linears_decode(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor?[] idx) -> Tensor[]")
@@ -41,10 +41,14 @@ def linears_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    bias = [None] * len(weight) if bias is None else bias
-    idx = [None] * len(weight) if idx is None else idx
-    refuse_gradient("linears_decode", "torch.nn.functional.linear", x, *weight, *bias)
-    return _linears_decode(x, weight, bias, idx)
+    try:
+        bias = [None] * len(weight) if bias is None else bias
+        idx = [None] * len(weight) if idx is None else idx
+        refuse_gradient("linears_decode", "torch.nn.functional.linear", x, *weight, *bias)
+        return _linears_decode(x, weight, bias, idx)
+    except Exception as error:
+        explain(error, linears_decode, locals())
+        raise
 
 
 def linears_decode_ref(

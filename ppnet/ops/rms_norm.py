@@ -8,7 +8,7 @@ rounded to x's dtype where transformers' modules round, so that both give the sa
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, refuse_gradient, same_device
+from ppnet.ops.library import LIBRARY, define, explain, refuse_gradient, same_device
 
 define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 
@@ -31,8 +31,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    refuse_gradient("rms_norm", "torch.nn.functional.rms_norm", x, weight)
-    return _rms_norm(x, weight, eps)
+    try:
+        refuse_gradient("rms_norm", "torch.nn.functional.rms_norm", x, weight)
+        return _rms_norm(x, weight, eps)
+    except Exception as error:
+        explain(error, rms_norm, locals())
+        raise
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:

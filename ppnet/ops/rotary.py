@@ -7,7 +7,7 @@ y[d] = x[d] cos[d] + x[d - Dh/2] sin[d]    else
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, refuse_gradient, same_device
+from ppnet.ops.library import LIBRARY, define, explain, refuse_gradient, same_device
 
 # The operator's own results are (B, T, H, Dh), contiguous.
 define("rotary(Tensor query, Tensor key, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
@@ -30,9 +30,13 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    refuse_gradient("rotary", "transformers' apply_rotary_pos_emb", query, key, cos, sin)
-    turned_query, turned_key = _rotary(query, key, cos, sin)
-    return turned_query.transpose(1, 2), turned_key.transpose(1, 2)
+    try:
+        refuse_gradient("rotary", "transformers' apply_rotary_pos_emb", query, key, cos, sin)
+        turned_query, turned_key = _rotary(query, key, cos, sin)
+        return turned_query.transpose(1, 2), turned_key.transpose(1, 2)
+    except Exception as error:
+        explain(error, rotary, locals())
+        raise
 
 
 def rotary_ref(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, same_device, same_lengths
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device, same_lengths
 
 define("row_norms(Tensor[] weight, Tensor[] input_scale, int[] dim) -> Tensor[]")
 define(
@@ -20,6 +20,7 @@ define(
 )
 
 
+@explain_types
 def row_norms(weight: Sequence[Tensor], input_scale: Sequence[Tensor | None], dim: Sequence[int]) -> list[Tensor]:
     """Norms of the rows of weight[i] along dim[i]: n[f] = √ Σ_d (w[f, d] · s[d])², for all i in one pass.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ppnet.ops.library import LIBRARY, define, same_device, same_lengths
+from ppnet.ops.library import LIBRARY, define, explain_types, same_device, same_lengths
 
 # An absent scale or weight is an empty tensor: with `Tensor?[]`, autograd ignores every tensor of a list with a None.
 define("gather_rows(Tensor[] src, Tensor[] idx, Tensor[] scale, int[] dim) -> Tensor[]")
@@ -21,6 +21,7 @@ define(
 )
 
 
+@explain_types
 def gather_rows(
     src: Sequence[Tensor], idx: Sequence[Tensor], scale: Sequence[Tensor | None], dim: Sequence[int]
 ) -> list[Tensor]:
@@ -42,6 +43,7 @@ def gather_rows(
     )
 
 
+@explain_types
 def scatter_rows(
     grad: Sequence[Tensor],
     idx: Sequence[Tensor],
