@@ -55,11 +55,11 @@ void Workspace::allow(void* taken, int64_t bytes) {
 void check_rows(const char* op, const char* name, const Tensor& weight, ScalarType dtype) {
   check_cpu(op, name, weight);
   check_dtype(op, name, weight, dtype, "the dtype of x");
-  STD_TORCH_CHECK(weight.dim() == 2, op, ": ", name, " has shape ", shape(weight), "; it must have two axes");
+  PPNET_CHECK(weight.dim() == 2, op, ": ", name, " has shape ", shape(weight), "; it must have two axes");
   const bool rows = weight.size(1) <= 1 || weight.stride(1) == 1;
-  STD_TORCH_CHECK(rows && (weight.size(0) <= 1 || weight.stride(0) >= weight.size(1)), op, ": ", name, " of shape ",
-                  shape(weight), " has strides (", weight.stride(0), ", ", weight.stride(1),
-                  "); its rows must be contiguous: store it unit by unit (ppnet.accelerate does)");
+  PPNET_CHECK(rows && (weight.size(0) <= 1 || weight.stride(0) >= weight.size(1)), op, ": ", name, " of shape ",
+              shape(weight), " has strides (", weight.stride(0), ", ", weight.stride(1),
+              "); its rows must be contiguous: store it unit by unit (ppnet.accelerate does)");
 }
 
 const char* check_bias(const char* op, const char* name, Optional& bias, int64_t n, ScalarType dtype) {
@@ -79,8 +79,8 @@ const int64_t* check_idx(const char* op, Optional& idx, int64_t n, const char* n
   make_contiguous(idx);
   const int64_t* values = idx->const_data_ptr<int64_t>();
   for (int64_t k = 0, kept = idx->size(0); k < kept; ++k)
-    STD_TORCH_CHECK(values[k] >= 0 && values[k] < n, op, ": ", name, "[", k, "] is ", values[k],
-                    "; allowed are 0 .. ", n - 1);
+    PPNET_CHECK(values[k] >= 0 && values[k] < n, op, ": ", name, "[", k, "] is ", values[k],
+                "; allowed are 0 .. ", n - 1);
   return values;
 }
 
@@ -96,8 +96,8 @@ const float* check_factors(const char* op, const char* name, Optional& factors, 
 void check_tokens(const char* op, const Tensor& x) {
   check_cpu(op, "x", x);
   check_narrow(op, "x", x);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) <= kMostTokens, op, ": x has shape ", shape(x),
-                  "; it must be (T, width) with at most ", kMostTokens, " tokens");
+  PPNET_CHECK(x.dim() == 2 && x.size(0) <= kMostTokens, op, ": x has shape ", shape(x),
+              "; it must be (T, width) with at most ", kMostTokens, " tokens");
 }
 
 const char* grouped(Workspace& workspace, const Tensor& x) {

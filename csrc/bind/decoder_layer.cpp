@@ -22,7 +22,7 @@ Tensor rows(const Tensor& t, int64_t count, int64_t width) { return viewed<2>(t,
 
 // A weight as nn.Linear holds it, units along its second axis, as rows of units.
 Tensor unit_rows(const char* op, const char* name, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 2, op, ": ", name, " has shape ", shape(weight), "; it must be (D, units)");
+  PPNET_CHECK(weight.dim() == 2, op, ": ", name, " has shape ", shape(weight), "; it must be (D, units)");
   return viewed<2>(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
 }
 
@@ -30,8 +30,8 @@ Tensor unit_rows(const char* op, const char* name, const Tensor& weight) {
 void check_sequences(const char* op, const char* name, Tensor& x) {
   check_cpu(op, name, x);
   check_narrow(op, name, x);
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) * x.size(1) <= kMostTokens, op, ": ", name, " has shape ", shape(x),
-                  "; it must be (B, T, D) with at most ", kMostTokens, " tokens in all");
+  PPNET_CHECK(x.dim() == 3 && x.size(0) * x.size(1) <= kMostTokens, op, ": ", name, " has shape ", shape(x),
+              "; it must be (B, T, D) with at most ", kMostTokens, " tokens in all");
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
 }
 
@@ -46,16 +46,16 @@ std::tuple<Tensor, Tensor, Tensor> qkv_decode_cpu(Tensor x, Tensor norm, double 
                                                   Optional q_norm, Optional k_norm, Tensor cos, Tensor sin) {
   const char* op = "qkv_decode";
   check_sequences(op, "x", x);
-  STD_TORCH_CHECK(weight.size() == 3, op, ": weight has ", weight.size(), " entries; it needs those of q, k and v");
+  PPNET_CHECK(weight.size() == 3, op, ": weight has ", weight.size(), " entries; it needs those of q, k and v");
   expect_shape(op, "cos", cos, {-1, x.size(1), -1}, "(B or 1, T, Dh)");
   const int64_t batch = x.size(0), tokens = x.size(1), width = cos.size(2);
   const Tensor normed = cpu::rms_norm(op, rows(x, batch * tokens, x.size(2)), norm, eps, "norm");
   std::vector<Tensor> y = cpu::linears_decode(op, normed, weight, bias, idx);
   for (size_t i = 0; i < 3; ++i)
-    STD_TORCH_CHECK(width > 0 && y[i].size(1) % width == 0, op, ": weight[", i, "] has ", y[i].size(1),
-                    " kept rows; they must be whole heads of Dh = ", width, ", the last axis of cos");
-  STD_TORCH_CHECK(y[1].size(1) == y[2].size(1), op, ": weight[2] has ", y[2].size(1), " kept rows, but weight[1] has ",
-                  y[1].size(1), "; k and v need the same");
+    PPNET_CHECK(width > 0 && y[i].size(1) % width == 0, op, ": weight[", i, "] has ", y[i].size(1),
+                " kept rows; they must be whole heads of Dh = ", width, ", the last axis of cos");
+  PPNET_CHECK(y[1].size(1) == y[2].size(1), op, ": weight[2] has ", y[2].size(1), " kept rows, but weight[1] has ",
+              y[1].size(1), "; k and v need the same");
   const auto normed_heads = [&](Tensor& heads, const Optional& scale, const char* name) {
     const int64_t all = heads.size(1);
     if (scale)

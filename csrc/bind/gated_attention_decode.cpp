@@ -22,11 +22,11 @@ void check_cache(const char* op, const char* name, const Tensor& t, const Tensor
   check_dtype(op, name, t, query.scalar_type(), "the dtype of query");
   check_cpu(op, name, t);
   expect_shape(op, name, t, {query.size(0), -1, -1, query.size(3)}, "(B, Hkv, S, Dh) with the B and Dh of query");
-  STD_TORCH_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": ", name, " has stride ", t.stride(3),
-                  " along its last axis; it must be contiguous there (1), because a copy would cost more than the",
-                  " call");
-  STD_TORCH_CHECK(t.size(2) < INT32_MAX, op, ": ", name, " has ", t.size(2), " positions; at most ", INT32_MAX - 1,
-                  " are supported");
+  PPNET_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": ", name, " has stride ", t.stride(3),
+              " along its last axis; it must be contiguous there (1), because a copy would cost more than the",
+              " call");
+  PPNET_CHECK(t.size(2) < INT32_MAX, op, ": ", name, " has ", t.size(2), " positions; at most ", INT32_MAX - 1,
+              " are supported");
 }
 
 // Sizes of 1 and absent leading axes broadcast.
@@ -38,8 +38,8 @@ void set_mask(const char* op, const Tensor& mask, const Tensor& query, int64_t k
     case ScalarType::Half: job.mask_kind = MaskKind::f16; break;
     case ScalarType::Double: job.mask_kind = MaskKind::f64; break;
     default:
-      STD_TORCH_CHECK(false, op, ": mask has dtype ", torch::headeronly::toString(mask.scalar_type()),
-                      "; allowed are Bool (true: attend), Float, BFloat16, Half and Double (added to the scores)");
+      PPNET_CHECK(false, op, ": mask has dtype ", torch::headeronly::toString(mask.scalar_type()),
+                  "; allowed are Bool (true: attend), Float, BFloat16, Half and Double (added to the scores)");
   }
   check_cpu(op, "mask", mask);
   const int64_t full[] = {query.size(0), query.size(1), query.size(2), keys};
@@ -49,8 +49,8 @@ void set_mask(const char* op, const Tensor& mask, const Tensor& query, int64_t k
     fits = size == 1 || size == full[axis];
     job.mask_stride[axis] = size == 1 ? 0 : mask.stride(d);
   }
-  STD_TORCH_CHECK(fits, op, ": mask has shape ", shape(mask), "; it must broadcast to (B, H, T, S) = (", full[0], ", ",
-                  full[1], ", ", full[2], ", ", full[3], ")");
+  PPNET_CHECK(fits, op, ": mask has shape ", shape(mask), "; it must broadcast to (B, H, T, S) = (", full[0], ", ",
+              full[1], ", ", full[2], ", ", full[3], ")");
   job.mask = static_cast<const char*>(mask.const_data_ptr());
 }
 
@@ -74,11 +74,11 @@ int64_t set_groups(const char* op, const Optional& groups, const Tensor& query, 
     job.groups = groups->size(0);
     job.group = groups->const_data_ptr<int64_t>();
     for (int64_t g = 0; g < job.groups; ++g)
-      STD_TORCH_CHECK(job.group[g] >= 0 && job.group[g] < all, op, ": groups[", g, "] is ", job.group[g],
-                      "; allowed are 0 .. ", all - 1, " (KV heads of key)");
+      PPNET_CHECK(job.group[g] >= 0 && job.group[g] < all, op, ": groups[", g, "] is ", job.group[g],
+                  "; allowed are 0 .. ", all - 1, " (KV heads of key)");
   }
-  STD_TORCH_CHECK(job.groups == 0 ? heads == 0 : heads % job.groups == 0, op, ": query has ", heads, " heads for ",
-                  job.groups, " KV groups; the number of heads must be a multiple of that of groups");
+  PPNET_CHECK(job.groups == 0 ? heads == 0 : heads % job.groups == 0, op, ": query has ", heads, " heads for ",
+              job.groups, " KV groups; the number of heads must be a multiple of that of groups");
   return job.groups == 0 ? 0 : heads / job.groups;
 }
 
@@ -86,8 +86,8 @@ void set_lengths(const char* op, const Tensor& lengths, const Tensor& query, int
   check_vector(op, "lengths", lengths, ScalarType::Long, query.size(0), "(B,)");
   job.lengths = lengths.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < job.batch; ++b)
-    STD_TORCH_CHECK(job.lengths[b] >= 0 && job.lengths[b] <= keys, op, ": lengths[", b, "] is ", job.lengths[b],
-                    "; allowed are 0 .. ", keys, " (positions of key)");
+    PPNET_CHECK(job.lengths[b] >= 0 && job.lengths[b] <= keys, op, ": lengths[", b, "] is ", job.lengths[b],
+                "; allowed are 0 .. ", keys, " (positions of key)");
 }
 
 void run(DecodeJob& job) {
@@ -135,7 +135,7 @@ Tensor cpu::gated_attention_decode(const char* op, Tensor query, const Tensor& k
   check_cache(op, "key", key, query);
   check_cache(op, "value", value, query);
   expect_shape(op, "value", value, {key.size(0), key.size(1), key.size(2), key.size(3)}, "the shape of key");
-  STD_TORCH_CHECK(window >= 0, op, ": window is ", window, "; allowed are positions >= 1, or 0 for none");
+  PPNET_CHECK(window >= 0, op, ": window is ", window, "; allowed are positions >= 1, or 0 for none");
   if (query.size(3) > 1 && query.stride(3) != 1) query = torch::stable::contiguous(query);
   for (Optional* t : {&groups, &gate, &lengths})
     if (*t && !(*t)->is_contiguous()) *t = torch::stable::contiguous(**t);

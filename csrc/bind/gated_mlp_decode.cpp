@@ -24,7 +24,7 @@ Tensor cpu::gated_mlp_decode(const char* op, const Tensor& x, const Tensor& up, 
   check_tokens(op, x);
   check_rows(op, "up", up, x.scalar_type());
   expect_shape(op, "x", x, {-1, up.size(1)}, "(T, D), D that of up");
-  STD_TORCH_CHECK(gate || !gate_bias, op, ": gate_bias is given, but gate is not");
+  PPNET_CHECK(gate || !gate_bias, op, ": gate_bias is given, but gate is not");
   MlpDecode job{};
   job.dtype = dtype_of(x);
   job.act = act_named(op, act);

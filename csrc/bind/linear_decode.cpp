@@ -80,8 +80,8 @@ std::vector<Tensor> cpu::linears_decode(const char* op, const Tensor& x, const s
                                         std::vector<Optional>& bias, std::vector<Optional>& idx) {
   check_tokens(op, x);
   const size_t count = weight.size();
-  STD_TORCH_CHECK(bias.size() == count, op, ": bias has ", bias.size(), " entries, but weight has ", count);
-  STD_TORCH_CHECK(idx.size() == count, op, ": idx has ", idx.size(), " entries, but weight has ", count);
+  PPNET_CHECK(bias.size() == count, op, ": bias has ", bias.size(), " entries, but weight has ", count);
+  PPNET_CHECK(idx.size() == count, op, ": idx has ", idx.size(), " entries, but weight has ", count);
   std::vector<Tensor> y;
   std::vector<LinearDecode> jobs;
   for (size_t i = 0; i < count; ++i) {

@@ -14,7 +14,7 @@ namespace ppnet {
 Tensor cpu::rms_norm(const char* op, const Tensor& x, const Tensor& weight, double eps, const char* weight_name) {
   check_cpu(op, "x", x);
   check_narrow(op, "x", x);
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x has shape (); it must be (..., D)");
+  PPNET_CHECK(x.dim() >= 1, op, ": x has shape (); it must be (..., D)");
   RmsNorm job{};
   job.dtype = dtype_of(x);
   job.width = x.size(x.dim() - 1);

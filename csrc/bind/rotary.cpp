@@ -35,16 +35,16 @@ void check_angles(const char* op, const char* name, const Tensor& angles, const 
 std::tuple<Tensor, Tensor> cpu::rotary(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin) {
   check_cpu(op, "query", query);
   check_narrow(op, "query", query);
-  STD_TORCH_CHECK(query.dim() == 4, op, ": query has shape ", shape(query), "; it must be (B, H, T, Dh)");
+  PPNET_CHECK(query.dim() == 4, op, ": query has shape ", shape(query), "; it must be (B, H, T, Dh)");
   const int64_t batch = query.size(0), tokens = query.size(2), width = query.size(3);
-  STD_TORCH_CHECK(width % 2 == 0, op, ": query has shape ", shape(query), "; its last axis, Dh, must be even");
+  PPNET_CHECK(width % 2 == 0, op, ": query has shape ", shape(query), "; its last axis, Dh, must be even");
   check_cpu(op, "key", key);
   check_dtype(op, "key", key, query.scalar_type(), "that of query");
   expect_shape(op, "key", key, {batch, -1, tokens, width}, "(B, Hkv, T, Dh) with B, T and Dh of query");
   check_angles(op, "cos", cos, query);
   check_angles(op, "sin", sin, query);
-  STD_TORCH_CHECK(cos.size(0) == sin.size(0), op, ": sin has shape ", shape(sin), "; it must be that of cos, ",
-                  shape(cos));
+  PPNET_CHECK(cos.size(0) == sin.size(0), op, ": sin has shape ", shape(sin), "; it must be that of cos, ",
+              shape(cos));
   Tensor y = torch::stable::new_empty(query, {batch, tokens, query.size(1), width});
   Tensor z = torch::stable::new_empty(query, {batch, tokens, key.size(1), width});
   if (batch * tokens * width == 0) return {y, z};

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ppnet.ops.gated_attention_decode import gated_attention_decode_ref
 from ppnet.ops.gated_mlp_decode import gated_mlp_decode_ref
-from ppnet.ops.library import LIBRARY, define, follow_autocast, refuse_gradient, same_device, same_lengths
+from ppnet.ops.library import LIBRARY, define, explain, follow_autocast, refuse_gradient, same_device, same_lengths
 from ppnet.ops.linear_decode import linear_t_decode_ref
 from ppnet.ops.linears_decode import linears_decode_ref
 from ppnet.ops.rms_norm import rms_norm_ref
@@ -70,8 +70,12 @@ def qkv_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    refuse_gradient("qkv_decode", "the model's own modules", x, norm, *weight, *bias, q_norm, k_norm, cos, sin)
-    return _qkv_decode(x, norm, eps, weight, bias, idx, q_norm, k_norm, cos, sin)
+    try:
+        refuse_gradient("qkv_decode", "the model's own modules", x, norm, *weight, *bias, q_norm, k_norm, cos, sin)
+        return _qkv_decode(x, norm, eps, weight, bias, idx, q_norm, k_norm, cos, sin)
+    except Exception as error:
+        explain(error, qkv_decode, locals())
+        raise
 
 
 def qkv_decode_ref(
@@ -141,31 +145,35 @@ def attend_mlp_decode(
     Raises:
         RuntimeError: naming the argument and what is allowed.
     """
-    tensors = (residual, query, key, value, out, out_bias, norm, up, down, gate, up_bias, gate_bias, down_bias)
-    refuse_gradient("attend_mlp_decode", "the model's own modules", *tensors, out_z, z)
-    return _attend_mlp_decode(
-        residual,
-        query,
-        key,
-        value,
-        mask,
-        max(query.shape[-1], 1) ** -0.5 if scale is None else scale,
-        out,
-        out_bias,
-        out_idx,
-        out_z,
-        norm,
-        eps,
-        up,
-        down,
-        gate,
-        up_bias,
-        gate_bias,
-        down_bias,
-        idx,
-        z,
-        act,
-    )
+    try:
+        tensors = (residual, query, key, value, out, out_bias, norm, up, down, gate, up_bias, gate_bias, down_bias)
+        refuse_gradient("attend_mlp_decode", "the model's own modules", *tensors, out_z, z)
+        return _attend_mlp_decode(
+            residual,
+            query,
+            key,
+            value,
+            mask,
+            max(query.shape[-1], 1) ** -0.5 if scale is None else scale,
+            out,
+            out_bias,
+            out_idx,
+            out_z,
+            norm,
+            eps,
+            up,
+            down,
+            gate,
+            up_bias,
+            gate_bias,
+            down_bias,
+            idx,
+            z,
+            act,
+        )
+    except Exception as error:
+        explain(error, attend_mlp_decode, locals())
+        raise
 
 
 def attend_mlp_decode_ref(
