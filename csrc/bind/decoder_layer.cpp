@@ -10,11 +10,12 @@
 namespace ppnet {
 namespace {
 
+// The same memory from t's first element on.
 template <size_t N>
 Tensor viewed(const Tensor& t, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides) {
   AtenTensorHandle out = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), static_cast<int64_t>(N), sizes.data(),
-                                                               strides.data(), t.storage_offset(), &out));
+                                                               strides.data(), 0, &out));
   return Tensor(out);
 }
 
