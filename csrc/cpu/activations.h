@@ -4,6 +4,7 @@
 #pragma once
 
 #include "act.h"
+#include "activations_gelu.h"
 #include "vec_math.h"
 
 namespace {
@@ -24,12 +25,23 @@ struct Silu {
 struct Gelu {
   template <bool kShort, class V>
   static V value(V x) {
+#if defined(__AVX512F__)
+    if constexpr (kShort) return gelu_value(x, gelu_piece(x));
+#endif
     if constexpr (kShort) return share_of<true>(x, short_normal_odds(x, short_normal_size(x)));
     V bell;
     return x * normal_cdf(x, bell);
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
+#if defined(__AVX512F__)
+    if constexpr (kShort) {
+      const GeluPiece at = gelu_piece(x);
+      f = gelu_value(x, at);
+      slope = gelu_slope(x, at);
+      return;
+    }
+#endif
     if constexpr (kShort) {
       const V one = constant<V>(1), size = short_normal_size(x);
       const V p = share_of<true>(one, short_normal_odds(x, size));

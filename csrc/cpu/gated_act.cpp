@@ -7,6 +7,11 @@ namespace ppnet {
 namespace PPNET_ISA {
 namespace {
 
+// Loops over the vectors of a line must be unrolled whole, or the line lives in memory in place of registers.
+#define PPNET_UNROLL _Pragma("GCC unroll 32")
+// The work on a line must be part of the loop over lines, or its constants are loaded anew for each.
+#define PPNET_INLINE __attribute__((always_inline)) inline
+
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -53,16 +58,18 @@ struct Forward {
   T* h;
 
   static V value(V up, V gate) { return kGate ? A::template value<kShort>(gate) * up : A::template value<kShort>(up); }
-  void line(int64_t i) const {
+  PPNET_INLINE void line(int64_t i) const {
     fetch(up + i);
     if (kGate) fetch(gate + i);
-    V out[kLine<T> / lanes];
-    for (V& x : out) {
-      x = value(load(up + i), kGate ? load(gate + i) : V{});
-      if (z) x = load(z + i) * x;
-      i += lanes;
+    V of_up[kLine<T> / lanes], of_gate[kLine<T> / lanes] = {}, out[kLine<T> / lanes];
+    load_line(up + i, of_up);
+    if (kGate) load_line(gate + i, of_gate);
+    PPNET_UNROLL
+    for (int64_t j = 0; j < kLine<T> / lanes; ++j) {
+      out[j] = value(of_up[j], of_gate[j]);
+      if (z) out[j] = load(z + i + j * lanes) * out[j];
     }
-    put_line<kStream>(h + i - kLine<T>, out);
+    put_line<kStream>(h + i, out);
   }
   void some(int64_t i, int64_t n) const {
     V x = value(load(up + i, n), kGate ? load(gate + i, n) : V{});
@@ -92,15 +99,20 @@ struct Backward {
     if (!kGate) return {through * slope, V{}, dh * f};
     return {through * f, through * up * slope, dh * f * up};
   }
-  void line(int64_t i) const {
+  PPNET_INLINE void line(int64_t i) const {
     const int64_t start = i;
     fetch(dh + i);
     fetch(up + i);
     if (kGate) fetch(gate + i);
+    V of_dh[kLine<T> / lanes], of_up[kLine<T> / lanes], of_gate[kLine<T> / lanes] = {};
+    load_line(dh + i, of_dh);
+    load_line(up + i, of_up);
+    if (kGate) load_line(gate + i, of_gate);
     V to_up[kLine<T> / lanes], to_gate[kLine<T> / lanes];
+    PPNET_UNROLL
     for (int64_t j = 0; j < kLine<T> / lanes; ++j, i += lanes) {
       const V factor = z ? load(z + i) : constant<V>(1);
-      const Result r = value(load(dh + i), load(up + i), kGate ? load(gate + i) : V{}, factor);
+      const Result r = value(of_dh[j], of_up[j], of_gate[j], factor);
       to_up[j] = r.dup;
       to_gate[j] = r.dgate;
       if (partial) store(partial + i, load(partial + i) + r.dz);

@@ -45,12 +45,12 @@ void square_rows(const Rows<T, N>& rows, int64_t n, C<T>* sums) {
     vector_t<T> sum_of[N][kVectors<T>] = {};
     for (; i + kPerLine<T> <= end; i += kPerLine<T>) {
       rows.prefetch_line(i, n);
-      for (int v = 0; v < kVectors<T>; ++v) {
-        const int64_t at = i + v * kWidth<T>;
-        for (int j = 0; j < N; ++j) {
-          vector_t<T> x = load(rows.row[j] + at);
-          if (kScaled) x = x * load(rows.col_factor + at);
-          sum_of[j][v] = fma(x, x, sum_of[j][v]);
+      for (int j = 0; j < N; ++j) {
+        vector_t<T> x[kVectors<T>];
+        load_line(rows.row[j] + i, x);
+        for (int v = 0; v < kVectors<T>; ++v) {
+          if (kScaled) x[v] = x[v] * load(rows.col_factor + i + v * kWidth<T>);
+          sum_of[j][v] = fma(x[v], x[v], sum_of[j][v]);
         }
       }
     }
@@ -73,14 +73,16 @@ void square_columns(const Rows<T, N>& rows, int64_t n, C<T>* sums) {
   int64_t i = 0;
   for (; i + kPerLine<T> <= n; i += kPerLine<T>) {
     rows.prefetch_line(i, n);
-    for (int64_t at = i; at < i + kPerLine<T>; at += kWidth<T>) {
-      vector_t<T> total = {};
-      for (int j = 0; j < N; ++j) {
-        const vector_t<T> x = load(rows.row[j] + at) * splat(rows.factor[j]);
-        total = fma(x, x, total);
+    vector_t<T> total[kVectors<T>] = {};
+    for (int j = 0; j < N; ++j) {
+      vector_t<T> x[kVectors<T>];
+      load_line(rows.row[j] + i, x);
+      for (int v = 0; v < kVectors<T>; ++v) {
+        x[v] = x[v] * splat(rows.factor[j]);
+        total[v] = fma(x[v], x[v], total[v]);
       }
-      store(sums + at, load(sums + at) + total);
     }
+    for (int v = 0; v < kVectors<T>; ++v) store(sums + i + v * kWidth<T>, load(sums + i + v * kWidth<T>) + total[v]);
   }
   for (; i < n; ++i)
     for (int j = 0; j < N; ++j) {
@@ -105,7 +107,7 @@ void differentiate(const Rows<T, N>& rows, int64_t n, C<T>* sums, bool stream) {
     }
     for (int j = 0; j < N; ++j) {
       vector_t<T> y[kVectors<T>];
-      for (int v = 0; v < kVectors<T>; ++v) {
+        for (int v = 0; v < kVectors<T>; ++v) {
         const vector_t<T> x = load(rows.row[j] + i + v * kWidth<T>);
         if (kByRow)
           sum_of[j][v] = fma(x * x, factor[v], sum_of[j][v]);
@@ -116,7 +118,7 @@ void differentiate(const Rows<T, N>& rows, int64_t n, C<T>* sums, bool stream) {
       if (rows.out[j]) put_rounded(rows.out[j] + i, y, stream);
     }
     if (!kByRow && sums)
-      for (int v = 0; v < kVectors<T>; ++v) store(sums + i + v * kWidth<T>, load(sums + i + v * kWidth<T>) + total[v]);
+        for (int v = 0; v < kVectors<T>; ++v) store(sums + i + v * kWidth<T>, load(sums + i + v * kWidth<T>) + total[v]);
   }
   for (int j = 0; j < N; ++j) {
     C<T> ends = 0;

@@ -63,6 +63,7 @@ inline vdouble load(const double* p) {
   memcpy(&out, p, sizeof out);
   return out;
 }
+inline void load_line(const double* p, vdouble* x) { memcpy(x, p, kLine); }
 inline void store(double* p, vdouble x) { memcpy(p, &x, sizeof x); }
 inline vdouble splat(double x) { return vdouble{x, x}; }
 inline vdouble fma(vdouble a, vdouble b, vdouble c) { return a * b + c; }

@@ -55,6 +55,15 @@ inline __m256i narrow_bf16(vfloat x) {
 }
 inline vfloat load(const bf16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline vfloat load(const bf16_t* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+// A line of 32: one instruction for each vector puts every element into the upper half of its lane.
+inline void load_line(const bf16_t* p, vfloat* x) {
+  const __m512i line = _mm512_loadu_si512(p);
+  const __m512i first = _mm512_set_epi32(0xf000f, 0xe000e, 0xd000d, 0xc000c, 0xb000b, 0xa000a, 0x90009, 0x80008,
+                                         0x70007, 0x60006, 0x50005, 0x40004, 0x30003, 0x20002, 0x10001, 0);
+  const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  x[0] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, first, line));
+  x[1] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, second, line));
+}
 inline void store(bf16_t* p, vfloat x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x)); }
 inline void store(bf16_t* p, vfloat x, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_bf16(x)); }
 
@@ -65,6 +74,11 @@ inline vfloat load(const f16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_ma
 inline __m256i narrow_f16(vfloat x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void store(f16_t* p, vfloat x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(x)); }
 inline void store(f16_t* p, vfloat x, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_f16(x)); }
+
+template <class T>
+inline void load_line(const T* p, vfloat* x) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)); i += kLanes) *x++ = load(p + i);
+}
 
 #else
 
@@ -156,6 +170,10 @@ inline void store(float* p, vfloat x) { memcpy(p, &x, sizeof x); }
 
 #endif
 
+template <class T>
+inline void load_line(const T* p, vfloat* x) {
+  for (int64_t i = 0; i < 64 / static_cast<int64_t>(sizeof(T)); i += kLanes) *x++ = load(p + i);
+}
 template <class T>
 inline vfloat load(const T* p, int64_t n) {
   T whole[kLanes] = {};

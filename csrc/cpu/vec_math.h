@@ -9,6 +9,7 @@ namespace {
 // The double as a vector of one lane. Its functions are the compiler's, so that no other header is needed.
 inline double load(const double* p) { return *p; }
 inline double load(const double* p, int64_t n) { return n ? *p : 0.0; }
+inline void load_line(const double* p, double* x) { memcpy(x, p, 64); }
 inline void store(double* p, double x) { *p = x; }
 inline void store(double* p, double x, int64_t n) {
   if (n) *p = x;
