@@ -27,8 +27,9 @@ struct Gelu {
   static V value(V x) {
 #if defined(__AVX512F__)
     if constexpr (kShort) return gelu_value(x, gelu_piece(x));
-#endif
+#else
     if constexpr (kShort) return share_of<true>(x, short_normal_odds(x, short_normal_size(x)));
+#endif
     V bell;
     return x * normal_cdf(x, bell);
   }

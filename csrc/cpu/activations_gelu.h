@@ -1,5 +1,5 @@
-// GELU and its slope from tables in registers, for results that are rounded to bf16. Needs AVX-512, which looks up one of
-// 32 floats for every lane in one instruction.
+// GELU and its slope from tables in registers, for results that are rounded to bf16. Needs AVX-512, which looks up one
+// of 32 floats for every lane in one instruction.
 // Included only by files of csrc/cpu, which are compiled once per instruction set: everything has internal linkage.
 //
 // An exponential and a reciprocal form one long chain of dependent operations, and a core holds too few instructions to

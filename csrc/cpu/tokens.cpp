@@ -27,8 +27,8 @@ void turn_all(const W* x, int64_t tokens, int64_t kept, const float* gate, float
 }
 
 template <class W>
-void add_all(const float* partial, int64_t chunks, int64_t tokens, int64_t width, const W* bias, const W* residual, W* y,
-             int64_t begin, int64_t end) {
+void add_all(const float* partial, int64_t chunks, int64_t tokens, int64_t width, const W* bias, const W* residual,
+             W* y, int64_t begin, int64_t end) {
   const int64_t padded = padded_tokens(tokens), size = chunk_size(tokens, width);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t d = begin; d < end; d += kLanes) {

@@ -158,8 +158,8 @@ inline V share_of(V x, V odds) {
 }
 
 // Of p = the standard normal distribution function of x: the odds against it, (1 - p) / p, and p' / (p (1 - p)), the
-// slope of the logarithm of the odds for it. That logarithm was fitted by x R(|x|) up to 6: the error of p is 2e-4 p, or
-// 2e-9 (torch's own is 1e-7). Its slope was fitted apart: the error of x p' is 3e-4 min(p, 1 - p), or 3e-9.
+// slope of the logarithm of the odds for it. That logarithm was fitted by x R(|x|) up to 6: the error of p is 2e-4 p,
+// or 2e-9 (torch's own is 1e-7). Its slope was fitted apart: the error of x p' is 3e-4 min(p, 1 - p), or 3e-9.
 inline vfloat short_normal_odds(vfloat x, vfloat size) {
   const float r[] = {-0.000319036938f, 0.00394071318f, -0.00815862366f, -0.100046393f, 0.00203641438f, -2.30399006f};
   return short_two_to(x * polynomial(size, r));
