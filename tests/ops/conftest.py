@@ -5,6 +5,7 @@ import zlib
 import pytest
 import torch
 
+import emulated
 import ppnet.extension as extension
 
 
@@ -17,6 +18,24 @@ def seed(request):
 @pytest.fixture(params=extension.supported_isas() or ["torch"])
 def isa(request):
     """Each instruction set this processor has; "torch" without the extension."""
+    if request.param != "torch":
+        extension.set_isa(request.param)
+    yield request.param
+    if request.param != "torch":
+        extension.set_isa("auto")
+
+
+ISAS = extension.supported_isas() or ["torch"]
+EMULATED = [pytest.param(seed, id=f"emulated-{seed}", marks=emulated.needs_emulator) for seed in emulated.SEEDS]
+
+
+@pytest.fixture(params=[*ISAS, *EMULATED])
+def kernels(request):
+    """As isa; and the CUDA kernels on the CPU, in several orders of their threads."""
+    if isinstance(request.param, int):
+        with emulated.emulated(request.param):
+            yield "cuda"
+        return
     if request.param != "torch":
         extension.set_isa(request.param)
     yield request.param

@@ -1,0 +1,394 @@
+#include "block.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+
+#include "runtime.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+// All `__shared__` variables of the library are in this section (keywords.h), whose bounds the linker gives.
+extern "C" __attribute__((weak, visibility("hidden"))) uint8_t __start_ppnet_shared[], __stop_ppnet_shared[];
+
+namespace ppnet::emulator {
+
+Block block;
+Thread* current = nullptr;
+
+namespace {
+
+constexpr size_t kGuard = 1024;            // bytes before and after dynamic shared memory that nobody may touch
+constexpr size_t kMaxShared = 227 * 1024;  // of a block, from compute capability 9.0 on
+
+Stacks stacks;
+Context host;
+Launch launched;
+uint64_t chosen_seed = [] {
+  const char* text = std::getenv("PPNET_EMULATOR_SEED");
+  return text ? std::strtoull(text, nullptr, 10) : 0;
+}();
+char text[2048];
+int error;
+
+// The order of a seed: always the first ready warp of `order`, and of its lanes the first ready one after `first_lane`.
+struct Order {
+  uint64_t state = 0;
+  int warps[kMaxThreads / 32];
+  int first_lane = 0;
+  bool descending = false;
+
+  uint32_t bits() {  // splitmix64
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
+  }
+  void draw() {
+    for (int w = 0; w < block.warps; ++w) {
+      const int other = static_cast<int>(bits() % static_cast<uint32_t>(w + 1));
+      warps[w] = warps[other];
+      warps[other] = w;
+    }
+    first_lane = static_cast<int>(bits() % 32);
+    descending = bits() % 2;
+  }
+} order;
+
+int lowest(uint32_t lanes) { return __builtin_ctz(lanes); }
+
+// The lane of `ready` that comes first when counting from `first`, up or down.
+int first_ready(uint32_t ready, int first, bool descending) {
+  const uint32_t turned = ready >> first | (first ? ready << (32 - first) : 0);
+  return (first + (descending ? 31 - __builtin_clz(turned) : lowest(turned))) % 32;
+}
+
+Thread* thread_of(int warp, int lane) { return &block.thread[warp * 32 + lane]; }
+
+// The thread that goes on next; null where none can.
+Thread* next() {
+  if (chosen_seed != 0) {
+    for (int i = 0; i < block.warps; ++i) {
+      const int w = order.warps[i];
+      if (const uint32_t ready = block.warp[w].ready) return thread_of(w, first_ready(ready, order.first_lane, order.descending));
+    }
+    return nullptr;
+  }
+  // Taking turns: the rest of this warp, the following warps, the first lanes of this one.
+  const uint32_t rest = block.warp[current->warp].ready & ~((uint32_t{2} << current->lane) - 1);
+  if (rest) return thread_of(current->warp, lowest(rest));
+  for (int i = 1; i <= block.warps; ++i) {
+    const int w = (current->warp + i) % block.warps;
+    if (block.warp[w].ready) return thread_of(w, lowest(block.warp[w].ready));
+  }
+  return nullptr;
+}
+
+// Ends the launch: the contexts of its threads are left as they are.
+[[noreturn]] void give_up() {
+  Thread* last = current;
+  current = nullptr;
+  switch_context(last->context, host);
+  std::abort();
+}
+
+[[noreturn]] void deadlock() {
+  const Thread* waiting[2] = {nullptr, nullptr};  // two that wait for different things, if there are
+  for (int i = 0; i < block.threads; ++i) {
+    const Thread& t = block.thread[i];
+    if (t.state == State::returned) continue;
+    if (!waiting[0]) waiting[0] = &t;
+    else if (!waiting[1] && (t.where.line != waiting[0]->where.line || t.what != waiting[0]->what)) waiting[1] = &t;
+  }
+  const Thread& t = *waiting[0];
+  if (!waiting[1]) fail(t, t.where, "deadlock: all threads wait, this one in %s", t.what);
+  const Thread& u = *waiting[1];
+  fail(t, t.where, "deadlock: this thread waits in %s, while thread (%u, %u, %u) waits in %s at %s:%d", t.what,
+       u.index.x, u.index.y, u.index.z, u.what, u.where.file, u.where.line);
+}
+
+void go_on() {
+  Thread* to = next();
+  if (!to) deadlock();
+  if (to == current) return;
+  Thread* from = current;
+  current = to;
+  switch_context(from->context, to->context);
+}
+
+void wait(State state, const char* what, Where where) {
+  current->state = state;
+  current->what = what;
+  current->where = where;
+  block.warp[current->warp].ready &= ~(uint32_t{1} << current->lane);
+  go_on();
+}
+
+void wake(Thread& t) {
+  t.state = State::ready;
+  block.warp[t.warp].ready |= uint32_t{1} << t.lane;
+}
+
+// After threads have met: the one that came last is not always the one to go on.
+void after_meeting() {
+  if (chosen_seed == 0) return;
+  if (order.bits() % 2) order.draw();
+  go_on();
+}
+
+// A thread that waits for `t`, or null.
+const Thread* waiting_for(const Thread& t) {
+  for (int i = 0; block.arrived > 0 && i < block.threads; ++i)
+    if (block.thread[i].state == State::at_barrier) return &block.thread[i];
+  const Warp& w = block.warp[t.warp];
+  for (uint32_t rest = w.waiting; rest; rest &= rest - 1)
+    if (w.mask[lowest(rest)] >> t.lane & 1) return thread_of(t.warp, lowest(rest));
+  return nullptr;
+}
+
+// Every context begins here.
+void thread_main() {
+  entered();
+  launched.call(launched.arguments);
+  Thread& t = *current;
+  Warp& w = block.warp[t.warp];
+  t.state = State::returned;
+  w.ready &= ~(uint32_t{1} << t.lane);
+  w.returned |= uint32_t{1} << t.lane;
+  if (const Thread* u = waiting_for(t))
+    fail(t, u->where, "this thread returned, while thread (%u, %u, %u) waits for it in %s", u->index.x, u->index.y,
+         u->index.z, u->what);
+  if (++block.returned < block.threads) go_on();
+  give_up();
+}
+
+// Dynamic shared memory of a launch, between guards that AddressSanitizer watches; without it, writes are found later.
+class Shared {
+ public:
+  explicit Shared(size_t bytes) : bytes_((bytes + 127) / 128 * 128), asked_(bytes) {
+    memory_.reset(static_cast<char*>(std::aligned_alloc(128, bytes_ + 2 * kGuard)));
+    std::memset(memory_.get(), kPoison, bytes_ + 2 * kGuard);
+    watch(true);
+    block.shared = memory_.get() + kGuard;
+    block.shared_bytes = bytes;
+  }
+  ~Shared() { watch(false); }
+  Shared(const Shared&) = delete;
+
+  void refill() { std::memset(block.shared, kPoison, asked_); }
+  bool guards_whole() {
+    watch(false);
+    const bool whole = untouched(0, kGuard) && untouched(kGuard + asked_, bytes_ + 2 * kGuard);
+    watch(true);
+    return whole;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  bool untouched(size_t begin, size_t end) const {
+    while (begin < end && static_cast<uint8_t>(memory_.get()[begin]) == kPoison) ++begin;
+    return begin == end;
+  }
+  void watch(bool on) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(memory_.get(), bytes_ + 2 * kGuard);
+    if (!on) return;
+    __asan_poison_memory_region(memory_.get(), kGuard);
+    __asan_poison_memory_region(memory_.get() + kGuard + asked_, bytes_ - asked_ + kGuard);
+#else
+    (void)on;
+#endif
+  }
+  size_t bytes_, asked_;
+  std::unique_ptr<char, Free> memory_;
+};
+
+// Fills the `__shared__` variables, and what AddressSanitizer put between them: so not by memset, which it checks.
+__attribute__((no_sanitize("address", "undefined"), optimize("no-tree-loop-distribute-patterns"))) void poison_static() {
+  if (!__start_ppnet_shared) return;
+  uint8_t* p = __start_ppnet_shared;
+  for (; p < __stop_ppnet_shared && reinterpret_cast<uintptr_t>(p) % 8; ++p) *p = kPoison;
+  for (; p + 8 <= __stop_ppnet_shared; p += 8) *reinterpret_cast<uint64_t*>(p) = ~uint64_t{0};
+  for (; p < __stop_ppnet_shared; ++p) *p = kPoison;
+}
+
+void run_block(uint64_t number) {
+  block.index = {static_cast<unsigned>(number % block.grid.x), static_cast<unsigned>(number / block.grid.x % block.grid.y),
+                 static_cast<unsigned>(number / block.grid.x / block.grid.y)};
+  block.returned = block.arrived = block.sum = 0;
+  order.state = chosen_seed * 0x2545f4914f6cdd1du + number;
+  order.draw();
+  std::memset(block.warp, 0, sizeof block.warp);
+  const dim3 s = block.shape;
+  for (int i = 0; i < block.threads; ++i) {
+    Thread& t = block.thread[i];
+    const auto n = static_cast<unsigned>(i);
+    t.index = {n % s.x, n / s.x % s.y, n / s.x / s.y};
+    t.warp = i / 32;
+    t.lane = i % 32;
+    t.calls = 0;
+    t.copies.clear();
+    t.groups.clear();
+    block.warp[t.warp].exists |= uint32_t{1} << t.lane;
+    prepare(t.context, stacks.bottom(i), thread_main);
+    wake(t);
+  }
+  current = &block.thread[0];
+  current = chosen_seed != 0 ? next() : current;
+  switch_context(host, current->context);
+  current = nullptr;
+}
+
+int refuse(const char* why) {
+  std::snprintf(text, sizeof text, "emulated kernel %s cannot be launched: %s", name_of(launched.kernel), why);
+  return cudaErrorInvalidConfiguration;
+}
+
+int check_launch(const Launch& l) {
+  const uint64_t threads = uint64_t{l.shape.x} * l.shape.y * l.shape.z;
+  if (threads == 0 || threads > kMaxThreads || l.shape.z > 64) return refuse("a block has 1 .. 1024 threads, 64 along z");
+  if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0 || l.grid.x > INT32_MAX || l.grid.y > 65535 || l.grid.z > 65535)
+    return refuse("a grid has 1 .. 2^31 - 1 blocks along x and 1 .. 65535 along y and z");
+  if (l.shared_bytes > kMaxShared) return refuse("a block has at most 227 KB of shared memory");
+  return 0;
+}
+
+}  // namespace
+
+void fail(const Thread& thread, Where where, const char* format, ...) {
+  const char* file = where.file ? std::strrchr(where.file, '/') : nullptr;
+  file = file ? file + 1 : where.file;
+  int n = std::snprintf(text, sizeof text, "emulated kernel %s, block (%u, %u, %u), thread (%u, %u, %u), %s:%d (%s)",
+                        name_of(launched.kernel), block.index.x, block.index.y, block.index.z, thread.index.x,
+                        thread.index.y, thread.index.z, file ? file : "?", where.line,
+                        where.function ? where.function : "?");
+  if (chosen_seed != 0)
+    n += std::snprintf(text + n, sizeof text - static_cast<size_t>(n), ", seed %llu",
+                       static_cast<unsigned long long>(chosen_seed));
+  n += std::snprintf(text + n, sizeof text - static_cast<size_t>(n), ": ");
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(text + n, sizeof text - static_cast<size_t>(n), format, values);
+  va_end(values);
+  error = cudaErrorLaunchFailure;
+  if (!current) {
+    std::fprintf(stderr, "%s\n", text);
+    std::abort();
+  }
+  give_up();
+}
+
+int barrier(int value, const char* what, Where where) {
+  if (block.returned > 0)
+    fail(*current, where, "%s, but %d of %d threads of the block have returned", what, block.returned, block.threads);
+  if (block.arrived > 0) {
+    for (int i = 0; i < block.threads; ++i) {
+      const Thread& t = block.thread[i];
+      if (t.state != State::at_barrier) continue;
+      if (t.where.line != where.line || std::strcmp(t.where.file, where.file) != 0)
+        fail(*current, where, "%s, while thread (%u, %u, %u) waits in the %s of another line, %s:%d", what, t.index.x,
+             t.index.y, t.index.z, t.what, t.where.file, t.where.line);
+      break;
+    }
+  }
+  block.sum += value;
+  if (++block.arrived < block.threads) {
+    wait(State::at_barrier, what, where);
+    return block.met_sum;
+  }
+  block.met_sum = block.sum;  // stays until all meet again, so until every thread has read it
+  block.sum = block.arrived = 0;
+  for (int i = 0; i < block.threads; ++i) wake(block.thread[i]);
+  const int sum = block.met_sum;
+  after_meeting();
+  return sum;
+}
+
+void together(Operation operation, uint32_t mask, const void* in, void* out, const char* what, Where where) {
+  Thread& t = *current;
+  Warp& w = block.warp[t.warp];
+  const uint32_t lane = uint32_t{1} << t.lane;
+  if (!(mask & lane)) fail(t, where, "%s with mask 0x%08x, which does not name the calling lane %d", what, mask, t.lane);
+  if (mask & ~w.exists) fail(t, where, "%s with mask 0x%08x, but the warp has the lanes 0x%08x alone", what, mask, w.exists);
+  if (mask & w.returned) fail(t, where, "%s with mask 0x%08x, but lane %d has returned", what, mask, lowest(mask & w.returned));
+  w.posted.in[t.lane] = in;
+  w.posted.out[t.lane] = out;
+  w.mask[t.lane] = mask;
+  w.operation[t.lane] = operation;
+  for (uint32_t rest = mask & w.waiting; rest; rest &= rest - 1) {
+    const int l = lowest(rest);
+    if (w.mask[l] != mask || w.operation[l] != operation)
+      fail(t, where, "%s with mask 0x%08x, while lane %d waits in %s with mask 0x%08x at %s:%d", what, mask, l,
+           thread_of(t.warp, l)->what, w.mask[l], thread_of(t.warp, l)->where.file, thread_of(t.warp, l)->where.line);
+  }
+  if ((w.waiting | lane) != (w.waiting | mask)) {
+    w.waiting |= lane;
+    wait(State::in_warp, what, where);
+    return;
+  }
+  t.where = where;
+  t.what = what;
+  operation(w.posted, mask);
+  for (uint32_t rest = mask & ~lane; rest; rest &= rest - 1) wake(*thread_of(t.warp, lowest(rest)));
+  w.waiting &= ~mask;
+  after_meeting();
+}
+
+void may_switch() {
+  if (chosen_seed == 0) {
+    if (++current->calls % 256 == 0) go_on();
+  } else if (order.bits() % 8 == 0) {
+    order.draw();
+    go_on();
+  }
+}
+
+uint32_t random_bits() { return chosen_seed == 0 ? 0 : order.bits(); }
+
+bool in_shared(const void* p, size_t bytes) {
+  const auto* begin = static_cast<const uint8_t*>(p);
+  const auto* shared = reinterpret_cast<const uint8_t*>(block.shared);
+  return (begin >= shared && begin + bytes <= shared + block.shared_bytes) ||
+         (begin >= __start_ppnet_shared && begin + bytes <= __stop_ppnet_shared);
+}
+
+int run(const Launch& launch) {
+  static std::mutex one_at_a_time;  // `__shared__` variables are the library's
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  launched = launch;
+  error = check_launch(launch);
+  if (error != 0) return error;
+  block.grid = launch.grid;
+  block.shape = launch.shape;
+  block.threads = static_cast<int>(launch.shape.x * launch.shape.y * launch.shape.z);
+  block.warps = (block.threads + 31) / 32;
+  stacks.reserve(block.threads);
+  Shared shared(launch.shared_bytes);
+  const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+  const uint64_t first = chosen_seed % blocks;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    if (i > 0) shared.refill();
+    poison_static();
+    const uint64_t turned = (first + i) % blocks;
+    run_block(chosen_seed % 2 ? blocks - 1 - turned : turned);
+    if (error != 0) return error;
+    if (!shared.guards_whole()) {
+      std::snprintf(text, sizeof text, "emulated kernel %s, block (%u, %u, %u): wrote outside of its %zu bytes of dynamic shared memory",
+                    name_of(launched.kernel), block.index.x, block.index.y, block.index.z, launch.shared_bytes);
+      return cudaErrorLaunchFailure;
+    }
+  }
+  return 0;
+}
+
+const char* message() { return text; }
+void set_seed(uint64_t seed) { chosen_seed = seed; }
+uint64_t seed() { return chosen_seed; }
+
+}  // namespace ppnet::emulator
