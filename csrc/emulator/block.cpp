@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -8,12 +9,10 @@
 #include <mutex>
 
 #include "runtime.h"
+#include "symbols.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
-
-// All `__shared__` variables of the library are in this section (keywords.h), whose bounds the linker gives.
-extern "C" __attribute__((weak, visibility("hidden"))) uint8_t __start_ppnet_shared[], __stop_ppnet_shared[];
 
 namespace ppnet::emulator {
 
@@ -88,6 +87,12 @@ Thread* next() {
   return nullptr;
 }
 
+// Without its folder.
+const char* short_name(Where where) {
+  const char* slash = where.file ? std::strrchr(where.file, '/') : nullptr;
+  return slash ? slash + 1 : where.file ? where.file : "?";
+}
+
 // Ends the launch: the contexts of its threads are left as they are.
 [[noreturn]] void give_up() {
   Thread* last = current;
@@ -108,7 +113,7 @@ Thread* next() {
   if (!waiting[1]) fail(t, t.where, "deadlock: all threads wait, this one in %s", t.what);
   const Thread& u = *waiting[1];
   fail(t, t.where, "deadlock: this thread waits in %s, while thread (%u, %u, %u) waits in %s at %s:%d", t.what,
-       u.index.x, u.index.y, u.index.z, u.what, u.where.file, u.where.line);
+       u.index.x, u.index.y, u.index.z, u.what, short_name(u.where), u.where.line);
 }
 
 void go_on() {
@@ -209,15 +214,6 @@ class Shared {
   std::unique_ptr<char, Free> memory_;
 };
 
-// Fills the `__shared__` variables, and what AddressSanitizer put between them: so not by memset, which it checks.
-__attribute__((no_sanitize("address", "undefined"), optimize("no-tree-loop-distribute-patterns"))) void poison_static() {
-  if (!__start_ppnet_shared) return;
-  uint8_t* p = __start_ppnet_shared;
-  for (; p < __stop_ppnet_shared && reinterpret_cast<uintptr_t>(p) % 8; ++p) *p = kPoison;
-  for (; p + 8 <= __stop_ppnet_shared; p += 8) *reinterpret_cast<uint64_t*>(p) = ~uint64_t{0};
-  for (; p < __stop_ppnet_shared; ++p) *p = kPoison;
-}
-
 void run_block(uint64_t number) {
   block.index = {static_cast<unsigned>(number % block.grid.x), static_cast<unsigned>(number / block.grid.x % block.grid.y),
                  static_cast<unsigned>(number / block.grid.x / block.grid.y)};
@@ -259,14 +255,28 @@ int check_launch(const Launch& l) {
   return 0;
 }
 
+// Lanes that wait for each other must have called the same with the same mask.
+void check_agreement(const Thread& t, Where where, const char* what) {
+  const Warp& w = block.warp[t.warp];
+  const uint32_t mask = w.mask[t.lane];
+  const auto agrees = [&](int l) { return w.mask[l] == mask && w.operation[l] == w.operation[t.lane]; };
+  // Most often all that wait are of one mask, and agree with each other.
+  if (w.waiting == 0 || (agrees(lowest(w.waiting)) && (w.waiting & ~mask) == 0)) return;
+  for (uint32_t rest = w.waiting; rest; rest &= rest - 1) {
+    const int l = lowest(rest);
+    if (agrees(l) || !((mask >> l & 1) || (w.mask[l] >> t.lane & 1))) continue;
+    const Thread& u = *thread_of(t.warp, l);
+    fail(t, where, "%s with mask 0x%08x, while lane %d waits in %s with mask 0x%08x at %s:%d", what, mask, l, u.what,
+         w.mask[l], short_name(u.where), u.where.line);
+  }
+}
+
 }  // namespace
 
 void fail(const Thread& thread, Where where, const char* format, ...) {
-  const char* file = where.file ? std::strrchr(where.file, '/') : nullptr;
-  file = file ? file + 1 : where.file;
   int n = std::snprintf(text, sizeof text, "emulated kernel %s, block (%u, %u, %u), thread (%u, %u, %u), %s:%d (%s)",
                         name_of(launched.kernel), block.index.x, block.index.y, block.index.z, thread.index.x,
-                        thread.index.y, thread.index.z, file ? file : "?", where.line,
+                        thread.index.y, thread.index.z, short_name(where), where.line,
                         where.function ? where.function : "?");
   if (chosen_seed != 0)
     n += std::snprintf(text + n, sizeof text - static_cast<size_t>(n), ", seed %llu",
@@ -293,7 +303,7 @@ int barrier(int value, const char* what, Where where) {
       if (t.state != State::at_barrier) continue;
       if (t.where.line != where.line || std::strcmp(t.where.file, where.file) != 0)
         fail(*current, where, "%s, while thread (%u, %u, %u) waits in the %s of another line, %s:%d", what, t.index.x,
-             t.index.y, t.index.z, t.what, t.where.file, t.where.line);
+             t.index.y, t.index.z, t.what, short_name(t.where), t.where.line);
       break;
     }
   }
@@ -321,12 +331,7 @@ void together(Operation operation, uint32_t mask, const void* in, void* out, con
   w.posted.out[t.lane] = out;
   w.mask[t.lane] = mask;
   w.operation[t.lane] = operation;
-  for (uint32_t rest = mask & w.waiting; rest; rest &= rest - 1) {
-    const int l = lowest(rest);
-    if (w.mask[l] != mask || w.operation[l] != operation)
-      fail(t, where, "%s with mask 0x%08x, while lane %d waits in %s with mask 0x%08x at %s:%d", what, mask, l,
-           thread_of(t.warp, l)->what, w.mask[l], thread_of(t.warp, l)->where.file, thread_of(t.warp, l)->where.line);
-  }
+  check_agreement(t, where, what);
   if ((w.waiting | lane) != (w.waiting | mask)) {
     w.waiting |= lane;
     wait(State::in_warp, what, where);
@@ -354,8 +359,10 @@ uint32_t random_bits() { return chosen_seed == 0 ? 0 : order.bits(); }
 bool in_shared(const void* p, size_t bytes) {
   const auto* begin = static_cast<const uint8_t*>(p);
   const auto* shared = reinterpret_cast<const uint8_t*>(block.shared);
-  return (begin >= shared && begin + bytes <= shared + block.shared_bytes) ||
-         (begin >= __start_ppnet_shared && begin + bytes <= __stop_ppnet_shared);
+  if (begin >= shared && begin + bytes <= shared + block.shared_bytes) return true;
+  const std::vector<Range>& ranges = shared_variables();
+  auto after = std::upper_bound(ranges.begin(), ranges.end(), begin, [](const uint8_t* x, const Range& r) { return x < r.begin; });
+  return after != ranges.begin() && begin + bytes <= (--after)->begin + after->bytes;
 }
 
 int run(const Launch& launch) {
@@ -374,7 +381,7 @@ int run(const Launch& launch) {
   const uint64_t first = chosen_seed % blocks;
   for (uint64_t i = 0; i < blocks; ++i) {
     if (i > 0) shared.refill();
-    poison_static();
+    for (const Range& r : shared_variables()) std::memset(r.begin, kPoison, r.bytes);
     const uint64_t turned = (first + i) % blocks;
     run_block(chosen_seed % 2 ? blocks - 1 - turned : turned);
     if (error != 0) return error;

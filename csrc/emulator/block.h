@@ -108,7 +108,4 @@ const char* message();
 void set_seed(uint64_t seed);
 uint64_t seed();
 
-// The demangled name of a function of this library, or its address.
-const char* name_of(const void* function);
-
 }  // namespace ppnet::emulator

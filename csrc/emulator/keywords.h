@@ -18,9 +18,15 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(n) alignas(n)
-// A section of their own: filled with poison before every block. `extern __shared__` does not compile: dynamic_shared().
-#define __shared__ static __attribute__((section("ppnet_shared")))
+#define __align__(n) __attribute__((aligned(n)))
+// A static variable, filled with poison before every block. The marker before it tells which functions have one
+// (symbols.cpp). `extern __shared__` does not compile: see dynamic_shared().
+#define __shared__ PPNET_SHARED(__COUNTER__)
+#define PPNET_SHARED(n) PPNET_SHARED_MARKED(n)
+#define PPNET_SHARED_MARKED(n)                 \
+  static char ppnet_shared_##n;                \
+  asm volatile("" : : "m"(ppnet_shared_##n)); \
+  static
 
 #define threadIdx (::ppnet::emulator::current->index)
 #define blockIdx (::ppnet::emulator::block.index)
