@@ -1,9 +1,10 @@
 """Which element of a matrix each lane's registers hold, from the tables of the PTX ISA, written out by hand.
 
-The tables of "Matrix fragments for mma.m16n8k16": groupID = lane >> 2, threadID_in_group = lane % 4, and for element i
-    a: row = groupID if i in (0, 1, 4, 5) else groupID + 8;  col = threadID_in_group * 2 + (i & 1) + (8 if i >= 4 else 0)
-    b: row = threadID_in_group * 2 + (i & 1) + (8 if i >= 2 else 0);  col = groupID
-    c, d: row = groupID if i < 2 else groupID + 8;  col = threadID_in_group * 2 + (i & 1)
+"Matrix fragments for mma.m16n8k16" has, for element i of a lane, groupID = lane >> 2 and threadID_in_group = lane % 4:
+    a     row = groupID where 0 <= i < 2 or 4 <= i < 6, else groupID + 8
+          col = (threadID_in_group * 2) + (i & 0x1), and 8 more where i >= 4
+    b     row = (threadID_in_group * 2) + (i & 0x1), and 8 more where i >= 2;  col = groupID
+    c, d  row = groupID where i < 2, else groupID + 8;  col = (threadID_in_group * 2) + (i & 0x1)
 """
 
 import torch

@@ -3,7 +3,6 @@
 import ctypes
 
 import emulated
-import torch
 from torch import Tensor
 
 

@@ -93,14 +93,19 @@ __global__ void copy_too_early(const Arguments arguments) {
   output<float>(arguments)[t] = sum;
 }
 
+// Element n of s, by an address that the compiler cannot follow, as swizzled ones are.
+__device__ float& element(float* s, int n) {
+  return *reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(s) + static_cast<uintptr_t>(4LL * n));
+}
+
 // `n` is the index that all read or write; kThreads is the first one too far.
 template <bool kWrites>
 __global__ void static_shared_index(const Arguments arguments) {
   __shared__ float s[kThreads];
   s[threadIdx.x] = 0;
   __syncthreads();
-  if (kWrites) s[arguments.n] = 1;
-  output<float>(arguments)[threadIdx.x] = s[arguments.n];
+  if (kWrites) element(s, arguments.n) = 1;
+  else output<float>(arguments)[threadIdx.x] = element(s, arguments.n);
 }
 
 template <bool kWrites>

@@ -1,4 +1,4 @@
-"""The emulated instructions: lane for lane against tables, tiles against a plain product, shuffles, atomics, launches."""
+"""The emulated instructions: lane for lane against tables, tiles against a plain product, shuffles, atomics."""
 
 import time
 

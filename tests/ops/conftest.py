@@ -2,10 +2,10 @@
 
 import zlib
 
+import emulated
 import pytest
 import torch
 
-import emulated
 import ppnet.extension as extension
 
 

@@ -1,11 +1,11 @@
 """gather_rows and scatter_rows: exact copies, rounding and dots against float64, gradients, tracing, errors."""
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import emulated
 import ppnet.extension as extension
 from ppnet.ops import gather_rows, gather_rows_ref, scatter_rows, scatter_rows_ref
 
@@ -105,9 +105,10 @@ def test_special_values_and_rounding(kernels):
         idx = torch.arange(len(src))
         for factor in (1.0, 0.3337, -1e-3, 300.0):
             scale = torch.full((len(src),), factor)
-            for shaped, dim in ((src, 0), (src[:, None].repeat(1, 3).contiguous(), 0)):
-                (out,) = gather_rows([shaped], [idx], [scale], [dim])
-                (ref,) = gather_rows_ref([shaped], [idx], [scale], [dim])
+            for shaped in (src, src[: len(src) // 3 * 3].view(-1, 3)):
+                n = len(shaped)
+                (out,) = gather_rows([shaped], [idx[:n]], [scale[:n]], [0])
+                (ref,) = gather_rows_ref([shaped], [idx[:n]], [scale[:n]], [0])
                 assert torch.equal(out.isnan(), ref.isnan())
                 assert torch.equal(out.nan_to_num(7.0), ref.nan_to_num(7.0))
 
@@ -297,12 +298,11 @@ def test_launcher_without_driver_says_so():
 def test_emulated_idx_out_of_range(idx, seed):
     src, idx = [torch.zeros(9, 3)], [torch.tensor(idx)]
     with emulated.emulated(seed):
-        message = "gather_rows_kernel<float>.*assertion failed: .* idx out of range"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=r"gather_rows_kernel<float>.*assertion failed: .* idx out of range"):
             gather_rows(src, idx, [None], [0])
-        with pytest.raises(RuntimeError, match="slot_kernel.* idx out of range"):
+        with pytest.raises(RuntimeError, match=r"slot_kernel.* idx out of range"):
             scatter_rows([torch.zeros(2, 3)], idx, [None], [0], [9], [None])
-        with pytest.raises(RuntimeError, match="slot_kernel.* idx is not unique"):
+        with pytest.raises(RuntimeError, match=r"slot_kernel.* idx is not unique"):
             scatter_rows([torch.zeros(2, 3)], [torch.tensor([4, 4])], [None], [0], [9], [None])
 
 
@@ -310,17 +310,17 @@ def test_emulated_idx_out_of_range(idx, seed):
 @pytest.mark.parametrize("seed", emulated.SEEDS)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_emulated_launches_many_tensors(dtype, seed):
-    """45 tensors are more than one launch takes; all cases of the CPU kernels, which the results equal."""
-    src, dim = matrices(60, 172, dtype)
+    """45 tensors are more than one launch takes; the results equal those of the CPU kernels."""
+    src, dim = matrices(7, 172, dtype)
     src, dim, n = src * 5, dim * 5, 45
-    for idx in indices(60):
+    for idx in indices(7):
         scale = torch.randn(len(idx), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for z in (None, scale):
             out = gather_rows(src, [idx] * n, [z] * n, dim)
-            full, dot = scatter_rows(out, [idx] * n, [z] * n, dim, [60] * n, src)
+            full, dot = scatter_rows(out, [idx] * n, [z] * n, dim, [7] * n, src)
             with emulated.emulated(seed):
                 out_cuda = gather_rows(src, [idx] * n, [z] * n, dim)
-                full_cuda, dot_cuda = scatter_rows(out, [idx] * n, [z] * n, dim, [60] * n, src)
+                full_cuda, dot_cuda = scatter_rows(out, [idx] * n, [z] * n, dim, [7] * n, src)
                 none_cuda, alone_cuda = scatter_rows(out, [idx] * n, [z] * n, dim, [0] * n, src)
             assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(out, out_cuda, strict=True))
             assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(full, full_cuda, strict=True))
