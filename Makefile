@@ -26,7 +26,8 @@ lint: $(STAMPS)/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own; any report fails.
+# The tests of the operators and of the emulator of CUDA under AddressSanitizer and UndefinedBehaviorSanitizer, in a build
+# of its own; any report fails.
 # Tests of tracing are left out: they run torch's code more than ours; so is the one of resident memory, which is the
 # sanitizer's here. Leaks are not looked for: Python leaves memory behind at exit. libstdc++ is preloaded because the
 # interpreter does not bring it.
@@ -40,13 +41,13 @@ sanitize: $(STAMPS)/test
 	  --build-lib $(SANITIZED)
 	@$(SANITIZE_ENV) -c "import ppnet._C as m; assert m.__file__.startswith('$(SANITIZED)'), m.__file__; \
 	  import ppnet.extension as e; print('== ppnet: tests with', m.__file__, 'on', ', '.join(e.supported_isas()))"
-	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops
+	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
 
 # Compiles every CUDA source for every architecture, warnings and register spills being errors.
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; nothing was checked"; exit 1; }
 	@mkdir -p build/cuda-check
-	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu; do \
+	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu tests/cuda/*.cu; do \
 	  object=build/cuda-check/$$(basename $$source .cu)-$$arch.o; \
 	  echo "== $$source sm_$$arch"; \
 	  "$(NVCC)" -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch -Xptxas -v -Xptxas --warn-on-spills \

@@ -1,5 +1,5 @@
-// Where the kernels of csrc/cuda run: on the GPU of the tensors, or, in the tests' library of emulated kernels, on the CPU.
-// The bindings *_cuda.cpp are compiled for both, and see of it what is here.
+// Where the kernels of csrc/cuda run: on the GPU of the tensors, or, in the tests' library of emulated kernels, on the
+// CPU. The bindings *_cuda.cpp are compiled for both, and see of it what is here.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

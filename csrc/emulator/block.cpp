@@ -1,18 +1,15 @@
 #include "block.h"
 
-#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
 
+#include "order.h"
 #include "runtime.h"
+#include "shared.h"
 #include "symbols.h"
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#endif
 
 namespace ppnet::emulator {
 
@@ -21,7 +18,6 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr size_t kGuard = 1024;            // bytes before and after dynamic shared memory that nobody may touch
 constexpr size_t kMaxShared = 227 * 1024;  // of a block, from compute capability 9.0 on
 
 Stacks stacks;
@@ -34,37 +30,7 @@ uint64_t chosen_seed = [] {
 char text[2048];
 int error;
 
-// The order of a seed: always the first ready warp of `order`, and of its lanes the first ready one after `first_lane`.
-struct Order {
-  uint64_t state = 0;
-  int warps[kMaxThreads / 32];
-  int first_lane = 0;
-  bool descending = false;
-
-  uint32_t bits() {  // splitmix64
-    uint64_t z = (state += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return static_cast<uint32_t>((z ^ (z >> 31)) >> 32);
-  }
-  void draw() {
-    for (int w = 0; w < block.warps; ++w) {
-      const int other = static_cast<int>(bits() % static_cast<uint32_t>(w + 1));
-      warps[w] = warps[other];
-      warps[other] = w;
-    }
-    first_lane = static_cast<int>(bits() % 32);
-    descending = bits() % 2;
-  }
-} order;
-
-int lowest(uint32_t lanes) { return __builtin_ctz(lanes); }
-
-// The lane of `ready` that comes first when counting from `first`, up or down.
-int first_ready(uint32_t ready, int first, bool descending) {
-  const uint32_t turned = ready >> first | (first ? ready << (32 - first) : 0);
-  return (first + (descending ? 31 - __builtin_clz(turned) : lowest(turned))) % 32;
-}
+Order order;
 
 Thread* thread_of(int warp, int lane) { return &block.thread[warp * 32 + lane]; }
 
@@ -73,7 +39,7 @@ Thread* next() {
   if (chosen_seed != 0) {
     for (int i = 0; i < block.warps; ++i) {
       const int w = order.warps[i];
-      if (const uint32_t ready = block.warp[w].ready) return thread_of(w, first_ready(ready, order.first_lane, order.descending));
+      if (block.warp[w].ready) return thread_of(w, order.first(block.warp[w].ready));
     }
     return nullptr;
   }
@@ -141,7 +107,7 @@ void wake(Thread& t) {
 // After threads have met: the one that came last is not always the one to go on.
 void after_meeting() {
   if (chosen_seed == 0) return;
-  if (order.bits() % 2) order.draw();
+  if (order.bits() % 2) order.draw(block.warps);
   go_on();
 }
 
@@ -171,55 +137,13 @@ void thread_main() {
   give_up();
 }
 
-// Dynamic shared memory of a launch, between guards that AddressSanitizer watches; without it, writes are found later.
-class Shared {
- public:
-  explicit Shared(size_t bytes) : bytes_((bytes + 127) / 128 * 128), asked_(bytes) {
-    memory_.reset(static_cast<char*>(std::aligned_alloc(128, bytes_ + 2 * kGuard)));
-    std::memset(memory_.get(), kPoison, bytes_ + 2 * kGuard);
-    watch(true);
-    block.shared = memory_.get() + kGuard;
-    block.shared_bytes = bytes;
-  }
-  ~Shared() { watch(false); }
-  Shared(const Shared&) = delete;
-
-  void refill() { std::memset(block.shared, kPoison, asked_); }
-  bool guards_whole() {
-    watch(false);
-    const bool whole = untouched(0, kGuard) && untouched(kGuard + asked_, bytes_ + 2 * kGuard);
-    watch(true);
-    return whole;
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  bool untouched(size_t begin, size_t end) const {
-    while (begin < end && static_cast<uint8_t>(memory_.get()[begin]) == kPoison) ++begin;
-    return begin == end;
-  }
-  void watch(bool on) {
-#ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(memory_.get(), bytes_ + 2 * kGuard);
-    if (!on) return;
-    __asan_poison_memory_region(memory_.get(), kGuard);
-    __asan_poison_memory_region(memory_.get() + kGuard + asked_, bytes_ - asked_ + kGuard);
-#else
-    (void)on;
-#endif
-  }
-  size_t bytes_, asked_;
-  std::unique_ptr<char, Free> memory_;
-};
-
 void run_block(uint64_t number) {
-  block.index = {static_cast<unsigned>(number % block.grid.x), static_cast<unsigned>(number / block.grid.x % block.grid.y),
-                 static_cast<unsigned>(number / block.grid.x / block.grid.y)};
+  const uint64_t x = block.grid.x, y = block.grid.y;
+  block.index = {static_cast<unsigned>(number % x), static_cast<unsigned>(number / x % y),
+                 static_cast<unsigned>(number / x / y)};
   block.returned = block.arrived = block.sum = 0;
   order.state = chosen_seed * 0x2545f4914f6cdd1du + number;
-  order.draw();
+  order.draw(block.warps);
   std::memset(block.warp, 0, sizeof block.warp);
   const dim3 s = block.shape;
   for (int i = 0; i < block.threads; ++i) {
@@ -248,7 +172,8 @@ int refuse(const char* why) {
 
 int check_launch(const Launch& l) {
   const uint64_t threads = uint64_t{l.shape.x} * l.shape.y * l.shape.z;
-  if (threads == 0 || threads > kMaxThreads || l.shape.z > 64) return refuse("a block has 1 .. 1024 threads, 64 along z");
+  if (threads == 0 || threads > kMaxThreads || l.shape.z > 64)
+    return refuse("a block has 1 .. 1024 threads, 64 along z");
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0 || l.grid.x > INT32_MAX || l.grid.y > 65535 || l.grid.z > 65535)
     return refuse("a grid has 1 .. 2^31 - 1 blocks along x and 1 .. 65535 along y and z");
   if (l.shared_bytes > kMaxShared) return refuse("a block has at most 227 KB of shared memory");
@@ -324,9 +249,12 @@ void together(Operation operation, uint32_t mask, const void* in, void* out, con
   Thread& t = *current;
   Warp& w = block.warp[t.warp];
   const uint32_t lane = uint32_t{1} << t.lane;
-  if (!(mask & lane)) fail(t, where, "%s with mask 0x%08x, which does not name the calling lane %d", what, mask, t.lane);
-  if (mask & ~w.exists) fail(t, where, "%s with mask 0x%08x, but the warp has the lanes 0x%08x alone", what, mask, w.exists);
-  if (mask & w.returned) fail(t, where, "%s with mask 0x%08x, but lane %d has returned", what, mask, lowest(mask & w.returned));
+  if (!(mask & lane))
+    fail(t, where, "%s with mask 0x%08x, which does not name the calling lane %d", what, mask, t.lane);
+  if (mask & ~w.exists)
+    fail(t, where, "%s with mask 0x%08x, but the warp has the lanes 0x%08x alone", what, mask, w.exists);
+  if (mask & w.returned)
+    fail(t, where, "%s with mask 0x%08x, but lane %d has returned", what, mask, lowest(mask & w.returned));
   w.posted.in[t.lane] = in;
   w.posted.out[t.lane] = out;
   w.mask[t.lane] = mask;
@@ -349,21 +277,12 @@ void may_switch() {
   if (chosen_seed == 0) {
     if (++current->calls % 256 == 0) go_on();
   } else if (order.bits() % 8 == 0) {
-    order.draw();
+    order.draw(block.warps);
     go_on();
   }
 }
 
 uint32_t random_bits() { return chosen_seed == 0 ? 0 : order.bits(); }
-
-bool in_shared(const void* p, size_t bytes) {
-  const auto* begin = static_cast<const uint8_t*>(p);
-  const auto* shared = reinterpret_cast<const uint8_t*>(block.shared);
-  if (begin >= shared && begin + bytes <= shared + block.shared_bytes) return true;
-  const std::vector<Range>& ranges = shared_variables();
-  auto after = std::upper_bound(ranges.begin(), ranges.end(), begin, [](const uint8_t* x, const Range& r) { return x < r.begin; });
-  return after != ranges.begin() && begin + bytes <= (--after)->begin + after->bytes;
-}
 
 int run(const Launch& launch) {
   static std::mutex one_at_a_time;  // `__shared__` variables are the library's
@@ -377,16 +296,19 @@ int run(const Launch& launch) {
   block.warps = (block.threads + 31) / 32;
   stacks.reserve(block.threads);
   Shared shared(launch.shared_bytes);
+  block.shared = shared.begin();
+  block.shared_bytes = launch.shared_bytes;
   const uint64_t blocks = uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z;
   const uint64_t first = chosen_seed % blocks;
   for (uint64_t i = 0; i < blocks; ++i) {
-    if (i > 0) shared.refill();
-    for (const Range& r : shared_variables()) std::memset(r.begin, kPoison, r.bytes);
+    if (i > 0) shared.poison();
+    poison_variables();
     const uint64_t turned = (first + i) % blocks;
     run_block(chosen_seed % 2 ? blocks - 1 - turned : turned);
     if (error != 0) return error;
-    if (!shared.guards_whole()) {
-      std::snprintf(text, sizeof text, "emulated kernel %s, block (%u, %u, %u): wrote outside of its %zu bytes of dynamic shared memory",
+    if (!shared.guards_untouched()) {
+      std::snprintf(text, sizeof text,
+                    "emulated kernel %s, block (%u, %u, %u): wrote outside of its %zu bytes of dynamic shared memory",
                     name_of(launched.kernel), block.index.x, block.index.y, block.index.z, launch.shared_bytes);
       return cudaErrorLaunchFailure;
     }

@@ -1,5 +1,5 @@
-// The threads of one block and their order. The blocks of a launch run one after the other, the threads of a block one at
-// a time: each until it waits for others, at a barrier or in an operation of its warp.
+// The threads of one block. The blocks of a launch run one after the other, the threads of a block one at a time: each
+// until it waits for others, at a barrier or in an operation of its warp.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,6 @@
 namespace ppnet::emulator {
 
 constexpr int kMaxThreads = 1024;
-constexpr uint8_t kPoison = 0xff;  // fresh shared memory: NaN in every floating-point format, -1 as an integer
 
 // A line of a kernel, for messages.
 struct Where {
@@ -66,7 +65,7 @@ struct Block {
   int threads, warps, returned;
   int arrived, sum;  // at the barrier: threads, and the sum of their values
   int met_sum;       // of the last barrier that all have reached
-  char* shared;              // dynamic
+  uint8_t* shared;           // dynamic
   size_t shared_bytes;
   Thread thread[kMaxThreads];
   Warp warp[kMaxThreads / 32];
@@ -85,7 +84,7 @@ int barrier(int value, const char* what, Where where);
 // Waits for the lanes of `mask`; the last one there calls `operation`, which must read posted.in and write posted.out.
 void together(Operation operation, uint32_t mask, const void* in, void* out, const char* what, Where where);
 
-// Other threads may go on here, in an order of a seed, or when a thread calls this over and over, as one that polls does.
+// Other threads may go on here: in an order of a seed, or when a thread calls this over and over, as in polling.
 void may_switch();
 
 // A number of the seed's; 0 without one.

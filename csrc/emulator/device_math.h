@@ -1,4 +1,4 @@
-// Device functions that <cmath> lacks. Fast ones are as exact as the others: a GPU's differ by some units in the last place.
+// Device functions that <cmath> lacks. The fast ones are as exact as the others; a GPU's differ in the last digits.
 #pragma once
 
 #include <math.h>

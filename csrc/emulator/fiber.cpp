@@ -18,7 +18,9 @@ extern "C" __attribute__((visibility("hidden"))) void ppnet_emulator_switch(void
 #endif
 
 // Pushes what a called function must preserve, exchanges the stacks, and pops the same of the other context.
-#if defined(__x86_64__)
+#if defined(PPNET_EMULATOR_UCONTEXT)
+// swapcontext
+#elif defined(__x86_64__)
 asm(R"(
 .text
 .hidden ppnet_emulator_switch

@@ -4,8 +4,10 @@
 #include <cstddef>
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
-#include <ucontext.h>
 #define PPNET_EMULATOR_UCONTEXT
+#endif
+#ifdef PPNET_EMULATOR_UCONTEXT
+#include <ucontext.h>
 #endif
 
 namespace ppnet::emulator {

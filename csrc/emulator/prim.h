@@ -17,7 +17,7 @@ float half_of(uint32_t bits, int which) {
   return std::is_same_v<T, __half> ? half_value(x) : bf16_value(x);
 }
 
-// The matrices are put together from the registers of all lanes, multiplied, and handed back. Products are exact and summed
+// Puts the matrices together from the registers of all lanes, multiplies, and hands back. Products are exact and summed
 // in double, then rounded once: tensor cores, whose order of summation is not documented, come close to it.
 template <class T>
 void multiply(const Posted& posted, uint32_t) {
@@ -55,7 +55,8 @@ void load_matrices(const Posted& posted, uint32_t) {
       const int lane = 8 * m + r;
       const Thread& t = block.thread[current->warp * 32 + lane];
       const void* row = posted.in[lane];
-      if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail(t, current->where, "ldmatrix of a row that is not aligned to 16 bytes");
+      if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+        fail(t, current->where, "ldmatrix of a row that is not aligned to 16 bytes");
       if (!in_shared(row, 16)) fail(t, current->where, "ldmatrix of a row outside of shared memory");
       rows[r] = static_cast<const uint16_t*>(row);
     }
@@ -73,12 +74,17 @@ void ldmatrix(uint32_t* r, const void* row, Where where) {
   together(load_matrices<kMatrices, kTrans>, 0xffffffffu, row, r, "ldmatrix", where);
 }
 
-inline void ldmatrix_x1(uint32_t* r, const void* row, Where where = Where::here()) { ldmatrix<1, false>(r, row, where); }
-inline void ldmatrix_x2(uint32_t* r, const void* row, Where where = Where::here()) { ldmatrix<2, false>(r, row, where); }
-inline void ldmatrix_x4(uint32_t* r, const void* row, Where where = Where::here()) { ldmatrix<4, false>(r, row, where); }
-inline void ldmatrix_x1_trans(uint32_t* r, const void* row, Where where = Where::here()) { ldmatrix<1, true>(r, row, where); }
-inline void ldmatrix_x2_trans(uint32_t* r, const void* row, Where where = Where::here()) { ldmatrix<2, true>(r, row, where); }
-inline void ldmatrix_x4_trans(uint32_t* r, const void* row, Where where = Where::here()) { ldmatrix<4, true>(r, row, where); }
+#define PPNET_LDMATRIX(name, matrices, trans)                                       \
+  inline void name(uint32_t* r, const void* row, Where where = Where::here()) { \
+    ldmatrix<matrices, trans>(r, row, where);                                       \
+  }
+PPNET_LDMATRIX(ldmatrix_x1, 1, false)
+PPNET_LDMATRIX(ldmatrix_x2, 2, false)
+PPNET_LDMATRIX(ldmatrix_x4, 4, false)
+PPNET_LDMATRIX(ldmatrix_x1_trans, 1, true)
+PPNET_LDMATRIX(ldmatrix_x2_trans, 2, true)
+PPNET_LDMATRIX(ldmatrix_x4_trans, 4, true)
+#undef PPNET_LDMATRIX
 
 inline void carry_out(const Copy& copy) {
   if (copy.source_bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.source_bytes));

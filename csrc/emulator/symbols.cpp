@@ -1,5 +1,5 @@
-// Kernels are local functions, which dladdr does not know, and GCC loses the section attribute of variables in templates:
-// both are in the full table of symbols, so the library must not be stripped.
+// Kernels are local functions, which dladdr does not know; GCC loses the section attribute of variables in templates.
+// Both are in the full table of symbols, so the library must not be stripped.
 #include "symbols.h"
 
 #include <cxxabi.h>

@@ -90,12 +90,14 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, PPNET_WHERE) {
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, PPNET_WHERE) {
-  return ppnet::emulator::shuffled(mask, value, ppnet::emulator::group(width) + (source & (width - 1)), "__shfl_sync", where);
+  const int lane = ppnet::emulator::group(width) + (source & (width - 1));
+  return ppnet::emulator::shuffled(mask, value, lane, "__shfl_sync", where);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, PPNET_WHERE) {
   const int lane = ppnet::emulator::current->lane, source = lane - static_cast<int>(delta);
-  return ppnet::emulator::shuffled(mask, value, source < ppnet::emulator::group(width) ? lane : source, "__shfl_up_sync", where);
+  const int begin = ppnet::emulator::group(width);
+  return ppnet::emulator::shuffled(mask, value, source >= begin ? source : lane, "__shfl_up_sync", where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, PPNET_WHERE) {

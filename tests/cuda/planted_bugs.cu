@@ -74,7 +74,7 @@ __global__ void pipeline(const Arguments arguments) {
   output<float>(arguments)[t] = sum;
 }
 
-// A copy starts into a buffer that other threads still read. Copies that arrive as late as they may hide it: seeds find it.
+// A copy starts into a buffer that other threads still read. One that arrives as late as it may hides it: seeds find it.
 template <bool kBug>
 __global__ void copy_too_early(const Arguments arguments) {
   __shared__ float s[64];

@@ -169,7 +169,8 @@ __global__ void shared_sum(const Arguments arguments) {
   float* s = dynamic_shared<float>();
   if (blockIdx.x == 0 && threadIdx.x == 0) output<float>(arguments)[1] = s[arguments.n - 1];
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < arguments.n; i += static_cast<int>(blockDim.x)) s[i] = input<float>(arguments)[i];
+  const int first = static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
+  for (int i = first; i < arguments.n; i += step) s[i] = input<float>(arguments)[i];
   __syncthreads();
   float sum = 0;
   for (int i = 0; threadIdx.x == 0 && i < arguments.n; ++i) sum += s[i];
