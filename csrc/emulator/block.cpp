@@ -305,7 +305,10 @@ int run(const Launch& launch) {
     poison_variables();
     const uint64_t turned = (first + i) % blocks;
     run_block(chosen_seed % 2 ? blocks - 1 - turned : turned);
-    if (error != 0) return error;
+    if (error != 0) {
+      stacks.clean();
+      return error;
+    }
     if (!shared.guards_untouched()) {
       std::snprintf(text, sizeof text,
                     "emulated kernel %s, block (%u, %u, %u): wrote outside of its %zu bytes of dynamic shared memory",

@@ -113,13 +113,19 @@ void Stacks::reserve(int count) {
   for (int i = 0; i < count; ++i) mprotect(bottom(i) - guard_bytes(), guard_bytes(), PROT_NONE);
 }
 
+void Stacks::clean() {
+#ifdef __SANITIZE_ADDRESS__
+  for (int i = 0; i < count_; ++i) __asan_unpoison_memory_region(bottom(i), kBytes);
+#endif
+}
+
 void prepare(Context& context, char* stack_bottom, void (*entry)()) {
   context.bottom = stack_bottom;
   context.size = Stacks::kBytes;
   context.fake_stack = nullptr;
 #ifdef __SANITIZE_ADDRESS__
-  // An abandoned context leaves its frames marked.
-  __asan_unpoison_memory_region(stack_bottom, Stacks::kBytes);
+  // An entry() never returns, which leaves its frame marked.
+  __asan_unpoison_memory_region(stack_bottom + Stacks::kBytes - 4096, 4096);
 #endif
 #ifdef PPNET_EMULATOR_UCONTEXT
   getcontext(&context.state);

@@ -30,6 +30,7 @@ class Stacks {
   ~Stacks();
   void reserve(int count);
   char* bottom(int i) const;
+  void clean();  // after contexts that were left in the middle, whose frames AddressSanitizer still marks
   static constexpr size_t kBytes = 256 * 1024;  // reserved; only pages that are touched take memory
 
  private:
