@@ -94,6 +94,11 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     """Configures and builds once for all extensions, then copies each to where setuptools expects it."""
 
+    def run(self) -> None:
+        super().run()
+        if (self.inplace or self.editable_mode) and not emulator_wanted():
+            (ROOT / "ppnet" / "_emulated.so").unlink(missing_ok=True)  # the tests would find it out of date
+
     def build_extensions(self) -> None:
         sanitize = os.environ.get("PPNET_SANITIZE", "OFF").upper()
         suffix = "-sanitize" if sanitize == "ON" else ""
@@ -123,8 +128,6 @@ class CMakeBuild(build_ext):
             subprocess.check_call([*configure, "--fresh"], env=env)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.check_call([cmake, "--build", str(folder), "--parallel", jobs], env=env)
-        if self.inplace and not emulator_wanted():
-            (ROOT / "ppnet" / "_emulated.so").unlink(missing_ok=True)  # the tests would find it out of date
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)

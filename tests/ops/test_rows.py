@@ -177,7 +177,7 @@ def test_scatter_inverts_gather(data):
         torch.testing.assert_close(y, squares, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_src_and_scale():
+def test_gradients_of_src_and_scale(kernels):
     idx = [torch.tensor([4, 0, 2]), torch.tensor([1, 3]), torch.tensor([0, 2, 3, 4])]
     src = [torch.randn(5, 3), torch.randn(4, 5), torch.randn(5)]
     src = [s.double().requires_grad_() for s in src]
