@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.ppnet
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc tests/cuda -type f -not -name '*.py*' 2>/dev/null)
 CUDA_ARCHS ?= 80 90 90a 100 120
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 
@@ -26,7 +26,8 @@ lint: $(STAMPS)/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own; any report fails.
+# The tests of the operators and of the emulator of CUDA under AddressSanitizer and UndefinedBehaviorSanitizer, in a build
+# of its own; any report fails.
 # Tests of tracing are left out: they run torch's code more than ours; so is the one of resident memory, which is the
 # sanitizer's here. Leaks are not looked for: Python leaves memory behind at exit. libstdc++ is preloaded because the
 # interpreter does not bring it.
@@ -36,17 +37,17 @@ SANITIZE_ENV = LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) $(CURDIR)/$(BIN)/python -P
 sanitize: $(STAMPS)/test
 	@echo "== ppnet: building with AddressSanitizer and UndefinedBehaviorSanitizer"
-	PPNET_SANITIZE=ON PPNET_CUDA=OFF PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build --build-base build/sanitize \
+	PPNET_SANITIZE=ON PPNET_EMULATOR=ON PPNET_CUDA=OFF PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py -q build --build-base build/sanitize \
 	  --build-lib $(SANITIZED)
 	@$(SANITIZE_ENV) -c "import ppnet._C as m; assert m.__file__.startswith('$(SANITIZED)'), m.__file__; \
 	  import ppnet.extension as e; print('== ppnet: tests with', m.__file__, 'on', ', '.join(e.supported_isas()))"
-	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops
+	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
 
 # Compiles every CUDA source for every architecture, warnings and register spills being errors.
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; nothing was checked"; exit 1; }
 	@mkdir -p build/cuda-check
-	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu; do \
+	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu tests/cuda/*.cu; do \
 	  object=build/cuda-check/$$(basename $$source .cu)-$$arch.o; \
 	  echo "== $$source sm_$$arch"; \
 	  "$(NVCC)" -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch -Xptxas -v -Xptxas --warn-on-spills \
@@ -78,6 +79,7 @@ $(STAMPS)/tools: $(STAMPS)/torch
 
 $(STAMPS)/report $(STAMPS)/test: $(STAMPS)/%: $(STAMPS)/tools $(SOURCES)
 	@echo "== ppnet: building the extension and installing ppnet[$*]"
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation -e ".[$*]"
+	PPNET_EMULATOR=$(if $(filter test,$*),ON,OFF) PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(PIP) install -q --no-build-isolation -e ".[$*]"
 	$(BIN)/python -W ignore -c "from ppnet.extension import build_info; print('ppnet:', build_info())"
 	@touch $@

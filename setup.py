@@ -1,6 +1,7 @@
 """Builds ppnet._C and ppnet._host through CMake; the metadata is in pyproject.toml.
 
-Environment: PPNET_CUDA=ON|OFF|AUTO, PPNET_CUDA_ARCHS, PPNET_EXT=AUTO|OFF, PPNET_SANITIZE=ON|OFF, MAX_JOBS.
+Environment: PPNET_CUDA=ON|OFF|AUTO, PPNET_CUDA_ARCHS, PPNET_EXT=AUTO|OFF, PPNET_SANITIZE=ON|OFF,
+PPNET_EMULATOR=ON|OFF (also ppnet/_emulated.so, for tests: the CUDA kernels on the CPU), MAX_JOBS.
 Without a C++ compiler the package is installed as pure Python; a compiler that fails is an error.
 """
 
@@ -63,6 +64,10 @@ def cmake_command() -> str | None:
     return None
 
 
+def emulator_wanted() -> bool:
+    return os.environ.get("PPNET_EMULATOR", "OFF").upper() == "ON"
+
+
 def missing_tool() -> str | None:
     """What keeps the extension from being built here, or None."""
     if os.environ.get("PPNET_EXT", "AUTO").upper() == "OFF":
@@ -89,6 +94,11 @@ class CMakeExtension(Extension):
 class CMakeBuild(build_ext):
     """Configures and builds once for all extensions, then copies each to where setuptools expects it."""
 
+    def run(self) -> None:
+        super().run()
+        if (self.inplace or self.editable_mode) and not emulator_wanted():
+            (ROOT / "ppnet" / "_emulated.so").unlink(missing_ok=True)  # the tests would find it out of date
+
     def build_extensions(self) -> None:
         sanitize = os.environ.get("PPNET_SANITIZE", "OFF").upper()
         suffix = "-sanitize" if sanitize == "ON" else ""
@@ -101,7 +111,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}", f"-DPYBIND11_INCLUDE={pybind11_include()}"]
         configure += [f"-DPPNET_CUDA={os.environ.get('PPNET_CUDA', 'AUTO').upper()}"]
         configure += [f"-DPPNET_CUDA_ARCHS={os.environ.get('PPNET_CUDA_ARCHS', '80-real;90a-real')}"]
-        configure += [f"-DPPNET_SANITIZE={sanitize}"]
+        configure += [f"-DPPNET_SANITIZE={sanitize}", f"-DPPNET_EMULATOR={'ON' if emulator_wanted() else 'OFF'}"]
         ninja = shutil.which("ninja")
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -128,6 +138,7 @@ class CMakeBuild(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         file = {"_C": "_C.abi3.so", "_host": "_host" + sysconfig.get_config_var("EXT_SUFFIX")}
+        file["_emulated"] = "_emulated.so"
         *package, name = fullname.split(".")
         return os.path.join(*package, file[name])
 
@@ -135,7 +146,8 @@ class CMakeBuild(build_ext):
 def extensions() -> list[Extension]:
     why = missing_tool()
     if why is None:
-        return [CMakeExtension("ppnet._C", "_C.abi3.so"), CMakeExtension("ppnet._host", "_host.so")]
+        built = [CMakeExtension("ppnet._C", "_C.abi3.so"), CMakeExtension("ppnet._host", "_host.so")]
+        return built + [CMakeExtension("ppnet._emulated", "_emulated.so")] * emulator_wanted()
     print(f"ppnet: PURE PYTHON INSTALL, without the compiled kernels: {why}", file=sys.stderr, flush=True)
     return []
 

@@ -3,26 +3,13 @@
 
 #include "cuda/rows.h"
 
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-
+#include "device.h"
 #include "rows.h"
-
-// Weak: only a CUDA torch has it. torch declares it for CUDA builds alone.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace ppnet {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "this torch has no CUDA: its current stream is unknown");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
 
 cuda::Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -57,17 +44,16 @@ cuda::RowsTensor describe(const RowsItem& item, bool scatter) {
 
 Tensors gather_rows_cuda(Tensors src, Tensors idx, Tensors scale, std::vector<int64_t> dim) {
   if (src.empty()) return {};
-  const int32_t device = src[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceScope device(src[0]);
   std::vector<cuda::RowsTensor> tensors;
   Tensors out;
-  const std::vector<RowsItem> items = gather_items(src, idx, scale, dim, true);
+  const std::vector<RowsItem> items = gather_items(src, idx, scale, dim, kGpuTensors);
   for (const RowsItem& item : items) {
     tensors.push_back(describe(item, false));
     out.push_back(item.out);
   }
   const int error =
-      cuda::gather_rows(tensors.data(), static_cast<int>(tensors.size()), device, current_stream(device));
+      cuda::gather_rows(tensors.data(), static_cast<int>(tensors.size()), device.index(), device.stream());
   STD_TORCH_CHECK(error == 0, "gather_rows: ", cuda::error_string(error));
   return out;
 }
@@ -75,12 +61,11 @@ Tensors gather_rows_cuda(Tensors src, Tensors idx, Tensors scale, std::vector<in
 std::tuple<Tensors, Tensors> scatter_rows_cuda(Tensors grad, Tensors idx, Tensors scale, std::vector<int64_t> dim,
                                                std::vector<int64_t> size, Tensors weight) {
   if (grad.empty()) return {};
-  const int32_t device = grad[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceScope device(grad[0]);
   std::vector<cuda::RowsTensor> tensors;
   Tensors out, dot;
   int64_t slot_count = 0;
-  const std::vector<RowsItem> items = scatter_items(grad, idx, scale, dim, size, weight, true);
+  const std::vector<RowsItem> items = scatter_items(grad, idx, scale, dim, size, weight, kGpuTensors);
   for (const RowsItem& item : items) {
     tensors.push_back(describe(item, true));
     out.push_back(item.out);
@@ -94,14 +79,15 @@ std::tuple<Tensors, Tensors> scatter_rows_cuda(Tensors grad, Tensors idx, Tensor
     next += t.full;
   }
   const int error = cuda::scatter_rows(tensors.data(), static_cast<int>(tensors.size()),
-                                       slots.mutable_data_ptr<int32_t>(), slot_count, device, current_stream(device));
+                                       slots.mutable_data_ptr<int32_t>(), slot_count, device.index(),
+                                       device.stream());
   STD_TORCH_CHECK(error == 0, "scatter_rows: ", cuda::error_string(error));
   return {out, dot};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ppnet, CUDA, m) {
+PPNET_CUDA_OPERATORS(m) {
   m.impl("gather_rows", TORCH_BOX(&gather_rows_cuda));
   m.impl("scatter_rows", TORCH_BOX(&scatter_rows_cuda));
 }

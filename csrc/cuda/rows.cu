@@ -1,12 +1,7 @@
 // gather_rows and scatter_rows: one launch for many tensors, whose descriptors travel as a kernel parameter.
-#undef NDEBUG  // keep the range checks of idx in release builds
-#include <cassert>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include "rows.h"
+
+#include "launch.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -222,8 +217,8 @@ int64_t dot_tiles(const RowsTensor& t) { return t.columns ? kept_tiles(t) : t.ke
 
 // Launches `kernel` over the chosen tensors, kTensors at a time.
 template <class Wanted, class Tiles>
-cudaError_t launch(void (*kernel)(Table), const RowsTensor* tensors, int n, cudaStream_t stream, int64_t tiles_per_block,
-                   Wanted wanted, Tiles tiles_of) {
+cudaError_t launch_over(void (*kernel)(Table), const RowsTensor* tensors, int n, cudaStream_t stream,
+                        int64_t tiles_per_block, Wanted wanted, Tiles tiles_of) {
   Table table;
   table.n = 0;
   int64_t tiles = 0;
@@ -235,8 +230,8 @@ cudaError_t launch(void (*kernel)(Table), const RowsTensor* tensors, int n, cuda
     }
     if (table.n == kTensors || (i == n && table.n > 0)) {
       const int64_t blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
-      kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(table);
-      const cudaError_t error = cudaGetLastError();
+      const auto grid = static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+      const cudaError_t error = launch(kernel, grid, kThreads, 0, stream, table);
       if (error != cudaSuccess) return error;
       table.n = 0;
       tiles = 0;
@@ -247,17 +242,17 @@ cudaError_t launch(void (*kernel)(Table), const RowsTensor* tensors, int n, cuda
 
 template <class T>
 cudaError_t gather(Dtype dtype, const RowsTensor* tensors, int n, cudaStream_t stream) {
-  return launch(gather_rows_kernel<T>, tensors, n, stream, kWarps,
+  return launch_over(gather_rows_kernel<T>, tensors, n, stream, kWarps,
                 [=](const RowsTensor& t) { return t.dtype == dtype; }, matrix_tiles<T>);
 }
 
 template <class T>
 cudaError_t scatter(Dtype dtype, const RowsTensor* tensors, int n, cudaStream_t stream) {
   const cudaError_t error =
-      launch(row_dot_kernel<T>, tensors, n, stream, 1,
+      launch_over(row_dot_kernel<T>, tensors, n, stream, 1,
              [=](const RowsTensor& t) { return t.dtype == dtype && t.weight != nullptr; }, dot_tiles);
   if (error != cudaSuccess) return error;
-  return launch(scatter_rows_kernel<T>, tensors, n, stream, kWarps,
+  return launch_over(scatter_rows_kernel<T>, tensors, n, stream, kWarps,
                 [=](const RowsTensor& t) { return t.dtype == dtype && t.out != nullptr; }, matrix_tiles<T>);
 }
 
@@ -280,7 +275,8 @@ int scatter_rows(const RowsTensor* tensors, int n, int32_t* slots, int64_t slot_
   if (error == cudaSuccess && slot_count > 0)
     error = cudaMemsetAsync(slots, 0xff, static_cast<size_t>(slot_count) * sizeof(int32_t), s);
   if (error == cudaSuccess)
-    error = launch(slot_kernel, tensors, n, s, kWarps, [](const RowsTensor& t) { return t.slot != nullptr; }, kept_tiles);
+    error = launch_over(slot_kernel, tensors, n, s, kWarps, [](const RowsTensor& t) { return t.slot != nullptr; },
+                        kept_tiles);
   if (error == cudaSuccess) error = scatter<float>(Dtype::f32, tensors, n, s);
   if (error == cudaSuccess) error = scatter<__nv_bfloat16>(Dtype::bf16, tensors, n, s);
   if (error == cudaSuccess) error = scatter<__half>(Dtype::f16, tensors, n, s);

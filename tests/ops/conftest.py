@@ -1,7 +1,9 @@
 """Fixtures of the operators' tests: every instruction set of this processor, one and two threads."""
 
+import contextlib
 import zlib
 
+import emulated
 import pytest
 import torch
 
@@ -14,14 +16,35 @@ def seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
-@pytest.fixture(params=extension.supported_isas() or ["torch"])
+ISAS = extension.supported_isas() or ["torch"]
+EMULATED = [pytest.param(seed, id=f"emulated-{seed}", marks=emulated.needs_emulator) for seed in emulated.SEEDS]
+
+
+@contextlib.contextmanager
+def chosen(isa):
+    if isa != "torch":
+        extension.set_isa(isa)
+    yield
+    if isa != "torch":
+        extension.set_isa("auto")
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Each instruction set this processor has; "torch" without the extension."""
-    if request.param != "torch":
-        extension.set_isa(request.param)
-    yield request.param
-    if request.param != "torch":
-        extension.set_isa("auto")
+    with chosen(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*ISAS, *EMULATED])
+def kernels(request):
+    """As isa; and "cuda", the CUDA kernels on the CPU, in several orders of their threads."""
+    if isinstance(request.param, int):
+        with emulated.emulated(request.param):
+            yield "cuda"
+    else:
+        with chosen(request.param):
+            yield request.param
 
 
 @pytest.fixture(params=[1, 2])

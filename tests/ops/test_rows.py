@@ -1,5 +1,6 @@
 """gather_rows and scatter_rows: exact copies, rounding and dots against float64, gradients, tracing, errors."""
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,7 +44,7 @@ def column(scale, t, dim):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (300, 129)])
-def test_copies_are_exact(f, d, dtype, isa):
+def test_copies_are_exact(f, d, dtype, kernels):
     src, dim = matrices(f, d, dtype)
     n = len(src)
     for idx in indices(f):
@@ -57,7 +58,7 @@ def test_copies_are_exact(f, d, dtype, isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("f, d", [(7, 172), (300, 517)])
-def test_scaled_and_dot_against_float64(f, d, dtype, isa):
+def test_scaled_and_dot_against_float64(f, d, dtype, kernels):
     src, dim = matrices(f, d, dtype)
     n = len(src)
     for idx in indices(f):
@@ -79,7 +80,7 @@ def test_scaled_and_dot_against_float64(f, d, dtype, isa):
             assert (error <= 2 * (dot_ref[i].double() - exact).abs() + floor).all()
 
 
-def test_special_values_and_rounding(isa):
+def test_special_values_and_rounding(kernels):
     values = torch.tensor(
         [
             0.0,
@@ -104,9 +105,10 @@ def test_special_values_and_rounding(isa):
         idx = torch.arange(len(src))
         for factor in (1.0, 0.3337, -1e-3, 300.0):
             scale = torch.full((len(src),), factor)
-            for shaped, dim in ((src, 0), (src[:, None].repeat(1, 3).contiguous(), 0)):
-                (out,) = gather_rows([shaped], [idx], [scale], [dim])
-                (ref,) = gather_rows_ref([shaped], [idx], [scale], [dim])
+            for shaped in (src, src[: len(src) // 3 * 3].view(-1, 3)):
+                n = len(shaped)
+                (out,) = gather_rows([shaped], [idx[:n]], [scale[:n]], [0])
+                (ref,) = gather_rows_ref([shaped], [idx[:n]], [scale[:n]], [0])
                 assert torch.equal(out.isnan(), ref.isnan())
                 assert torch.equal(out.nan_to_num(7.0), ref.nan_to_num(7.0))
 
@@ -175,7 +177,7 @@ def test_scatter_inverts_gather(data):
         torch.testing.assert_close(y, squares, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_src_and_scale():
+def test_gradients_of_src_and_scale(kernels):
     idx = [torch.tensor([4, 0, 2]), torch.tensor([1, 3]), torch.tensor([0, 2, 3, 4])]
     src = [torch.randn(5, 3), torch.randn(4, 5), torch.randn(5)]
     src = [s.double().requires_grad_() for s in src]
@@ -288,6 +290,44 @@ def test_scatter_errors(change, message):
 @pytest.mark.skipif(not extension.cuda_available(), reason="the CUDA kernels were not built")
 def test_launcher_without_driver_says_so():
     assert "driver" in extension.build_info()["cuda"]
+
+
+@emulated.needs_emulator
+@pytest.mark.parametrize("seed", emulated.SEEDS)
+@pytest.mark.parametrize("idx", [[0, 9], [-1, 0]])
+def test_emulated_idx_out_of_range(idx, seed):
+    src, idx = [torch.zeros(9, 3)], [torch.tensor(idx)]
+    with emulated.emulated(seed):
+        with pytest.raises(RuntimeError, match=r"gather_rows_kernel<float>.*assertion failed: .* idx out of range"):
+            gather_rows(src, idx, [None], [0])
+        with pytest.raises(RuntimeError, match=r"slot_kernel.* idx out of range"):
+            scatter_rows([torch.zeros(2, 3)], idx, [None], [0], [9], [None])
+        with pytest.raises(RuntimeError, match=r"slot_kernel.* idx is not unique"):
+            scatter_rows([torch.zeros(2, 3)], [torch.tensor([4, 4])], [None], [0], [9], [None])
+
+
+@emulated.needs_emulator
+@pytest.mark.parametrize("seed", emulated.SEEDS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_emulated_launches_many_tensors(dtype, seed):
+    """45 tensors are more than one launch takes; the results equal those of the CPU kernels."""
+    src, dim = matrices(7, 172, dtype)
+    src, dim, n = src * 5, dim * 5, 45
+    for idx in indices(7):
+        scale = torch.randn(len(idx), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for z in (None, scale):
+            out = gather_rows(src, [idx] * n, [z] * n, dim)
+            full, dot = scatter_rows(out, [idx] * n, [z] * n, dim, [7] * n, src)
+            with emulated.emulated(seed):
+                out_cuda = gather_rows(src, [idx] * n, [z] * n, dim)
+                full_cuda, dot_cuda = scatter_rows(out, [idx] * n, [z] * n, dim, [7] * n, src)
+                none_cuda, alone_cuda = scatter_rows(out, [idx] * n, [z] * n, dim, [0] * n, src)
+            assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(out, out_cuda, strict=True))
+            assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(full, full_cuda, strict=True))
+            assert all(t.numel() == 0 for t in none_cuda)
+            for a, b, c in zip(dot, dot_cuda, alone_cuda, strict=True):
+                assert torch.equal(b, c)
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
