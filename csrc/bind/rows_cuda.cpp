@@ -3,6 +3,7 @@
 
 #include "cuda/rows.h"
 
+#include "check.h"
 #include "device.h"
 #include "rows.h"
 
@@ -54,7 +55,7 @@ Tensors gather_rows_cuda(Tensors src, Tensors idx, Tensors scale, std::vector<in
   }
   const int error =
       cuda::gather_rows(tensors.data(), static_cast<int>(tensors.size()), device.index(), device.stream());
-  STD_TORCH_CHECK(error == 0, "gather_rows: ", cuda::error_string(error));
+  PPNET_CHECK(error == 0, "gather_rows: ", cuda::error_string(error));
   return out;
 }
 
@@ -81,7 +82,7 @@ std::tuple<Tensors, Tensors> scatter_rows_cuda(Tensors grad, Tensors idx, Tensor
   const int error = cuda::scatter_rows(tensors.data(), static_cast<int>(tensors.size()),
                                        slots.mutable_data_ptr<int32_t>(), slot_count, device.index(),
                                        device.stream());
-  STD_TORCH_CHECK(error == 0, "scatter_rows: ", cuda::error_string(error));
+  PPNET_CHECK(error == 0, "scatter_rows: ", cuda::error_string(error));
   return {out, dot};
 }
 

@@ -107,7 +107,7 @@ void differentiate(const Rows<T, N>& rows, int64_t n, C<T>* sums, bool stream) {
     }
     for (int j = 0; j < N; ++j) {
       vector_t<T> y[kVectors<T>];
-        for (int v = 0; v < kVectors<T>; ++v) {
+      for (int v = 0; v < kVectors<T>; ++v) {
         const vector_t<T> x = load(rows.row[j] + i + v * kWidth<T>);
         if (kByRow)
           sum_of[j][v] = fma(x * x, factor[v], sum_of[j][v]);
@@ -117,8 +117,10 @@ void differentiate(const Rows<T, N>& rows, int64_t n, C<T>* sums, bool stream) {
       }
       if (rows.out[j]) put_rounded(rows.out[j] + i, y, stream);
     }
-    if (!kByRow && sums)
-        for (int v = 0; v < kVectors<T>; ++v) store(sums + i + v * kWidth<T>, load(sums + i + v * kWidth<T>) + total[v]);
+    for (int v = 0; !kByRow && sums && v < kVectors<T>; ++v) {
+      C<T>* at = sums + i + v * kWidth<T>;
+      store(at, load(at) + total[v]);
+    }
   }
   for (int j = 0; j < N; ++j) {
     C<T> ends = 0;
