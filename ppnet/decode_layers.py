@@ -92,15 +92,16 @@ class LayerParts:
 
 def is_step(parts: LayerParts, x: Tensor, mask: Tensor | None, position_embeddings: Any, kwargs: dict) -> bool:
     """Whether a call is a plain decoding step of few tokens, but for the state of the layer's tensors."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in DTYPES or transformed():
+    if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in DTYPES or transformed():
         return False
     # A graph for any number of tokens has the library's products.
     if not certainly(x.numel() <= MOST_TOKENS * x.shape[-1]) or torch.is_autocast_enabled("cpu"):
         return False
     if position_embeddings is None or position_embeddings[0].dtype != x.dtype or (mask is None and x.shape[1] != 1):
         return False
-    special = bool(kwargs) and any(kwargs.get(name) is not None for name in SPECIAL)
-    return not special and not _has_any_global_hook() and parts.attention.config._attn_implementation == DECODING
+    if kwargs and any(kwargs.get(name) is not None for name in SPECIAL):
+        return False
+    return not _has_any_global_hook() and parts.attention.config._attn_implementation == DECODING
 
 
 def layer_forward(
