@@ -36,6 +36,7 @@ define(
 # The packets torch.ops.ppnet.<name> look their overload up at every call.
 _qkv_decode = torch.ops.ppnet.qkv_decode.default
 _attend_mlp_decode = torch.ops.ppnet.attend_mlp_decode.default
+_NAMES = [argument.name for argument in _attend_mlp_decode._schema.arguments]
 
 
 def qkv_decode(
@@ -277,11 +278,9 @@ def _qkv_decode_fake(
 
 
 @torch.library.register_fake("ppnet::attend_mlp_decode", lib=LIBRARY)
-def _attend_mlp_decode_fake(
-    residual: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *rest: object
-) -> Tensor:
-    others = [t for t in rest if isinstance(t, Tensor)]
-    same_device("attend_mlp_decode", residual=residual, query=query, key=key, value=value, mask=mask, weights=others)
+def _attend_mlp_decode_fake(residual: Tensor, *rest: Tensor | float | str | None) -> Tensor:
+    named = zip(_NAMES, (residual, *rest), strict=True)
+    same_device("attend_mlp_decode", **{name: value for name, value in named if isinstance(value, Tensor)})
     return residual.new_empty(residual.shape)
 
 
