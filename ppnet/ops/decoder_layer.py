@@ -63,10 +63,10 @@ def qkv_decode(
         q_norm, k_norm: ``(Dh,)`` weights of RMSNorms of each query's and key's head, or None.
 
     Returns:
-        query ``(B, K_0 / Dh, T, Dh)``, key and value ``(B, K_1 / Dh, T, Dh)``, laid out as ``(B, T, H, Dh)``. Rounded to
-        x's dtype after the norms, the products and the embedding, as the model's own modules do. Independent of the
-        number of threads. Not differentiable. Working memory: a layer's tokens and heads in each of these steps, and
-        that of `linears_decode`.
+        query ``(B, K_0 / Dh, T, Dh)``, key and value ``(B, K_1 / Dh, T, Dh)``, laid out as ``(B, T, H, Dh)``. Rounded
+        to x's dtype after the norms, the products and the embedding, as the model's own modules do. Independent of the
+        number of threads. Not differentiable. Working memory: x normed, query and key once more (twice with q_norm and
+        k_norm), what has to be made contiguous, and that of `linears_decode`.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.
@@ -136,12 +136,14 @@ def attend_mlp_decode(
             out_bias: ``(D,)``. out_idx: ``(H Dh,)`` int64 columns that the heads are; None: all. out_z: ``(H Dh,)``
             float32 factors of the heads.
         norm: ``(D,)`` weight of the RMSNorm before the MLP. eps: its own.
-        up, gate: ``(N, D)``; down: ``(D, N)``, stored unit by unit. The biases, idx, z and act are `gated_mlp_decode`'s.
+        up, gate: ``(N, D)``; down: ``(D, N)``, stored unit by unit. The biases, idx, z and act are those of
+            `gated_mlp_decode`.
 
     Returns:
-        ``(B, T, D)`` of residual's dtype. Rounded after the attention, after each residual is added, and after the norm;
-        in between as the operators it is made of. Independent of the number of threads. Not differentiable. Working
-        memory: a layer's tokens in each of these steps, and that of the operators it is made of.
+        ``(B, T, D)`` of residual's dtype. Rounded after the attention, after each residual is added, and after the
+        norm; in between as the operators it is made of. Independent of the number of threads. Not differentiable.
+        Working memory: the heads' outputs ``(B, T, H Dh)``, ``(B, T, D)`` twice, what has to be made contiguous, and
+        the largest of what `gated_attention_decode`, `linear_t_decode` and `gated_mlp_decode` take.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.

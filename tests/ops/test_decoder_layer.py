@@ -111,7 +111,7 @@ def check(operator, reference, draw):
     Small results are drawn anew until there are enough elements for roundings that are lucky not to matter.
     """
     parts, count = [], 0
-    while not parts or 0 < count < 64:
+    while not parts or 0 < count < 24:
         arguments = draw()
         exact = reference(**{name: wide(value) for name, value in arguments.items()})
         results = [operator(**arguments), reference(**arguments), exact]
