@@ -11,6 +11,7 @@ step whose weights have just gone through the caches, each call from Python cost
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,11 +251,9 @@ def _attend_mlp_decode_torch(
     gate: Tensor | None,
     *mlp: Tensor | str | None,
 ) -> Tensor:
-    named = dict(zip(("up_bias", "gate_bias", "down_bias", "idx", "z", "act"), mlp, strict=True))
-    projection = {"out_bias": out_bias, "out_idx": out_idx, "out_z": out_z}
-    return attend_mlp_decode_ref(
-        residual, query, key, value, out, norm, eps, up, down, gate, mask=mask, scale=scale, **projection, **named
-    )  # type: ignore[arg-type]
+    named: dict[str, Any] = dict(zip(("up_bias", "gate_bias", "down_bias", "idx", "z", "act"), mlp, strict=True))
+    named |= {"mask": mask, "scale": scale, "out_bias": out_bias, "out_idx": out_idx, "out_z": out_z}
+    return attend_mlp_decode_ref(residual, query, key, value, out, norm, eps, up, down, gate, **named).contiguous()
 
 
 @torch.library.register_fake("ppnet::qkv_decode", lib=LIBRARY)
