@@ -94,9 +94,9 @@ def qkv_decode_ref(
     k_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv_decode in plain torch."""
-    batch, tokens, features = x.shape
+    batch, tokens, _ = x.shape
     same_lengths("qkv_decode", weight=weight, bias=bias, idx=idx)
-    outputs = linears_decode_ref(rms_norm_ref(x, norm, eps).reshape(-1, features), weight, bias, idx=idx)
+    outputs = linears_decode_ref(rms_norm_ref(x, norm, eps).flatten(0, 1), weight, bias, idx=idx)
     query, key, value = (y.reshape(batch, tokens, y.shape[1] // cos.shape[2], cos.shape[2]) for y in outputs)
     query = query if q_norm is None else rms_norm_ref(query, q_norm, eps)
     key = key if k_norm is None else rms_norm_ref(key, k_norm, eps)
