@@ -74,7 +74,8 @@ def attention_block_forward(
     """Forward of a fused attention block: q, k and v as one operator, then both embeddings as one."""
     x = hidden_states
     known = position_embeddings is not None and position_embeddings[0].dtype == x.dtype and is_plain(self, LEAVES)
-    leaves = self.q_proj, self.k_proj, self.v_proj
+    # What is in the place of a leaf need not have a weight.
+    leaves = (self.q_proj, self.k_proj, self.v_proj) if known else ()
     weights, biases = [leaf.weight for leaf in leaves], [leaf.bias for leaf in leaves]
     if not known or not decodes(x, weights, biases) or self.config._attn_implementation != DECODING:
         return type(self).forward(self, x, position_embeddings, attention_mask, past_key_values, **kwargs)

@@ -25,6 +25,7 @@ from ppnet.decode import MlpParts
 from ppnet.decode_blocks import LEAVES, attention_block_forward, cached_steps, kept_if_same
 from ppnet.modes import certainly, evaluating, transformed
 from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
+from ppnet.wrap import ScaleInput, SubLayerHook
 
 ATTENTION, MLP, NORMS = "self_attn", "mlp", ("input_layernorm", "post_attention_layernorm")
 # What the forward of a supported layer takes, by name; the rest are keywords of the attention.
@@ -50,7 +51,8 @@ class Leaf:
     def weight(self, dtype: torch.dtype) -> Tensor | None:
         """The weight where it is as the operators read it, else None."""
         weight, binding = self.parameters.get("weight"), self.binding
-        if weight is None or binding.weight is not None or binding.capture is not None:
+        # A parametrized bias is no parameter; one that is absent is the parameter None.
+        if weight is None or "bias" not in self.parameters or binding.overrides:
             return None
         return weight if weight.dtype == dtype and weight.stride(0 if self.by_input else 1) == 1 else None
 
@@ -62,32 +64,61 @@ class LayerParts:
     Attributes:
         attention: the attention block.
         leaves: q, k, v, o, up, down and, if there is one, gate.
-        norms: parameters of the norms: before the attention, before the MLP, of queries, of keys.
+        norms: parameters of the norms: before the attention, before the MLP, of queries, of keys; None for no norm.
         eps: of all of them. act: of the MLP.
         children: ``(parent's children, name, child)`` of all modules below the layer.
-        hooks: of all of these; all are empty as long as not calling the modules goes unnoticed.
+        forwards: of the blocks and norms, which a layer would call.
+        hooks: ``(hooks, how many of them are the gates')`` of all of these modules; not calling these goes unnoticed
+            without others, once the inputs are scaled.
+        scales: what may scale the inputs of the attention and of the MLP, if there are gates.
     """
 
     attention: Any
     leaves: tuple[Leaf, ...]
-    norms: tuple[dict[str, Tensor | None], ...]
+    norms: tuple[dict[str, Tensor | None] | None, ...]
     eps: float
     act: str
     children: tuple[tuple[dict[str, nn.Module | None], str, nn.Module | None], ...]
-    hooks: tuple[dict[int, Any], ...]
+    forwards: tuple[tuple[nn.Module, Any], ...]
+    hooks: tuple[tuple[dict[int, Any], int], ...]
+    scales: tuple[ScaleInput | None, ScaleInput | None]
 
     def unchanged(self) -> bool:
-        return not any(self.hooks) and all(children.get(name) is child for children, name, child in self.children)
+        """Whether every module is there and computes what it did, and none of them minds not being called."""
+        if not all(len(hooks) == own for hooks, own in self.hooks):
+            return False
+        if not all(children.get(name) is child for children, name, child in self.children):
+            return False
+        return all(forward_of(module) is forward for module, forward in self.forwards)
 
-    def weights(self, x: Tensor) -> list[Tensor] | None:
-        """The leaves' weights if the decode operators take them for x, else None."""
-        weights = []
+    def weights(self, x: Tensor) -> tuple[list[Tensor], list[Any]] | None:
+        """The weights of leaves and of norms (times scales) if the decode operators take them for x, else None."""
+        weights: list[Tensor] = []
+        norms: list[Any] = []
         for leaf in self.leaves:
             weight = leaf.weight(x.dtype)
             if weight is None:
                 return None
             weights.append(weight)
-        return weights
+        for norm in self.norms:
+            weight = None if norm is None else norm.get("weight")
+            if norm is not None and (weight is None or weight.dtype != x.dtype):
+                return None
+            norms.append(weight)
+        for i, gate in enumerate(self.scales):
+            if gate is not None and gate.scale is not None:
+                norms[i] = norms[i] * gate.scale.to(x.dtype)
+        return weights, norms
+
+
+def forward_of(module: nn.Module) -> Any:
+    """What took the place of the forward of a module's class: our function, or whatever a user gave it."""
+    forward = module.__dict__.get("forward")
+    return getattr(forward, "func", forward)
+
+
+def scale_of(block: nn.Module) -> ScaleInput | None:
+    return next((hook for hook in block._forward_pre_hooks.values() if isinstance(hook, ScaleInput)), None)
 
 
 def is_step(parts: LayerParts, x: Tensor, mask: Tensor | None, position_embeddings: Any, kwargs: dict) -> bool:
@@ -116,9 +147,10 @@ def layer_forward(
 ) -> Any:
     """Forward of a fused decoder layer."""
     x, parts = hidden_states, self._ppnet_layer
-    plain = not self.training and is_step(parts, x, attention_mask, position_embeddings, kwargs) and parts.unchanged()
-    weights = parts.weights(x) if plain else None
-    if weights is None or position_embeddings is None:
+    evaluates = not self.training and not parts.attention.training
+    plain = evaluates and is_step(parts, x, attention_mask, position_embeddings, kwargs) and parts.unchanged()
+    found = parts.weights(x) if plain else None
+    if found is None or position_embeddings is None:
         return type(self).forward(
             self,
             x,
@@ -129,9 +161,9 @@ def layer_forward(
             position_embeddings=position_embeddings,
             **kwargs,
         )
+    weights, (before_attention, before_mlp, of_query, of_key) = found
     bias: list[Any] = [leaf.parameters.get("bias") for leaf in parts.leaves]
     kept = [leaf.binding.kept for leaf in parts.leaves]
-    before_attention, before_mlp, of_query, of_key = [norm.get("weight") for norm in parts.norms]
     query, key, value = ops.qkv_decode(
         x,
         before_attention,
@@ -178,30 +210,31 @@ def parts_of(layer: Any) -> LayerParts | None:
         return None
     attention, mlp = layer._modules[ATTENTION], layer._modules[MLP]
     mlp_parts: MlpParts | None = mlp.__dict__.get("_ppnet_mlp")
-    fused = getattr(attention.__dict__.get("forward"), "func", None) is attention_block_forward
-    if mlp_parts is None or not fused:
+    if mlp_parts is None or forward_of(attention) is not attention_block_forward:
         return None
     norms = [layer._modules[name] for name in NORMS]
     norms += [attention._modules.get(name) for name in ("q_norm", "k_norm")]
-    if len({norm.__dict__.get("_ppnet_eps") for norm in norms if norm is not None}) != 1:
+    every_eps = {norm.__dict__.get("_ppnet_eps") for norm in norms if norm is not None}
+    if len(every_eps) != 1 or None in every_eps:
         return None
     named = [(attention, name, name == LEAVES[-1]) for name in LEAVES]
     named += [(mlp, mlp_parts.up, False), (mlp, mlp_parts.down, True)]
     named += [] if mlp_parts.gate is None else [(mlp, mlp_parts.gate, False)]
     modules = [(parent._modules[name], by_input) for parent, name, by_input in named]
     below = [module for module in layer.modules() if module is not layer]
+    hooks = [
+        t for m in below for t in (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)
+    ]
     return LayerParts(
         attention=attention,
         leaves=tuple(Leaf(m._parameters, m._ppnet_binding, by_input) for m, by_input in modules),
-        norms=tuple({} if norm is None else norm._parameters for norm in norms),
+        norms=tuple(None if norm is None else norm._parameters for norm in norms),
         eps=norms[0]._ppnet_eps,
         act=mlp_parts.act,
         children=tuple((m._modules, *child) for m in (layer, *below) for child in m._modules.items()),
-        hooks=tuple(
-            hooks
-            for m in below
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ),
+        forwards=tuple((m, forward_of(m)) for m in (attention, mlp, *norms) if m is not None),
+        hooks=tuple((table, sum(isinstance(hook, SubLayerHook) for hook in table.values())) for table in hooks),
+        scales=(scale_of(attention), scale_of(mlp)),
     )
 
 

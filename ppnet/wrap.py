@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ppnet.attention import TRAINING, use_attention
 from ppnet.binding import patch_leaf, unpatch_leaf
@@ -28,6 +28,12 @@ class SubLayerHook:
 
 
 class ScaleInput(SubLayerHook):
+    @property
+    def scale(self) -> Tensor | None:
+        """What the sub-layer's inputs are multiplied by in this pass, ``(D,)``, or None."""
+        site_pass = self.engine.active[self.index]
+        return None if site_pass is None else site_pass.input_scale
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.engine.scale_input(self.index, args, kwargs)
 

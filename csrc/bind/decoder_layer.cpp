@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <cmath>
+#include <utility>
 
 #include "operators.h"
 
@@ -21,9 +21,20 @@ Tensor viewed(const Tensor& t, const std::array<int64_t, N>& sizes, const std::a
 
 Tensor rows(const Tensor& t, int64_t count, int64_t width) { return viewed<2>(t, {count, width}, {width, 1}); }
 
-// A weight as nn.Linear holds it, units along its second axis, as rows of units.
-Tensor unit_rows(const char* op, const char* name, const Tensor& weight) {
-  PPNET_CHECK(weight.dim() == 2, op, ": ", name, " has shape ", shape(weight), "; it must be (D, units)");
+// What goes into products and norms with t; the operators called from here speak of an x.
+void check_alike(const char* op, const char* name, const Tensor& t, const Tensor& like, const char* which) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, like.scalar_type(), which);
+}
+
+// A weight (D, units) as nn.Linear holds it, stored unit by unit, as rows of units.
+Tensor unit_rows(const char* op, const char* name, const Tensor& weight, int64_t width, int64_t units,
+                 const char* meaning) {
+  expect_shape(op, name, weight, {width, units}, meaning);
+  const bool by_unit = (weight.size(0) <= 1 || weight.stride(0) == 1) &&
+                       (weight.size(1) <= 1 || weight.stride(1) >= weight.size(0));
+  PPNET_CHECK(by_unit, op, ": ", name, " of shape ", shape(weight), " has strides (", weight.stride(0), ", ",
+              weight.stride(1), "); its columns must be contiguous: store it unit by unit (ppnet.accelerate does)");
   return viewed<2>(weight, {weight.size(1), weight.size(0)}, {weight.stride(1), weight.stride(0)});
 }
 
@@ -48,12 +59,23 @@ std::tuple<Tensor, Tensor, Tensor> qkv_decode_cpu(Tensor x, Tensor norm, double 
   const char* op = "qkv_decode";
   check_sequences(op, "x", x);
   PPNET_CHECK(weight.size() == 3, op, ": weight has ", weight.size(), " entries; it needs those of q, k and v");
-  expect_shape(op, "cos", cos, {-1, x.size(1), -1}, "(B or 1, T, Dh)");
-  const int64_t batch = x.size(0), tokens = x.size(1), width = cos.size(2);
-  const Tensor normed = cpu::rms_norm(op, rows(x, batch * tokens, x.size(2)), norm, eps, "norm");
+  const int64_t batch = x.size(0), tokens = x.size(1), features = x.size(2);
+  for (size_t i = 0; i < 3; ++i)
+    PPNET_CHECK(has_shape(weight[i], {-1, features}), op, ": weight[", i, "] has shape ", shape(weight[i]),
+                "; it must be (N, D) = (any, ", features, "), D that of x");
+  expect_shape(op, "norm", norm, {features}, "(D,), D that of x");
+  expect_shape(op, "cos", cos, {-1, tokens, -1}, "(B or 1, T, Dh)");
+  const int64_t width = cos.size(2);
+  PPNET_CHECK(width > 0 && width % 2 == 0, op, ": cos has shape ", shape(cos),
+              "; its last axis, Dh, must be even and not empty");
+  check_alike(op, "cos", cos, x, "that of x");
+  check_alike(op, "sin", sin, x, "that of x");
+  if (q_norm) expect_shape(op, "q_norm", *q_norm, {width}, "(Dh,), Dh the last axis of cos");
+  if (k_norm) expect_shape(op, "k_norm", *k_norm, {width}, "(Dh,), Dh the last axis of cos");
+  const Tensor normed = cpu::rms_norm(op, rows(x, batch * tokens, features), norm, eps, "norm");
   std::vector<Tensor> y = cpu::linears_decode(op, normed, weight, bias, idx);
   for (size_t i = 0; i < 3; ++i)
-    PPNET_CHECK(width > 0 && y[i].size(1) % width == 0, op, ": weight[", i, "] has ", y[i].size(1),
+    PPNET_CHECK(y[i].size(1) % width == 0, op, ": weight[", i, "] has ", y[i].size(1),
                 " kept rows; they must be whole heads of Dh = ", width, ", the last axis of cos");
   PPNET_CHECK(y[1].size(1) == y[2].size(1), op, ": weight[2] has ", y[2].size(1), " kept rows, but weight[1] has ",
               y[1].size(1), "; k and v need the same");
@@ -77,16 +99,29 @@ Tensor attend_mlp_decode_cpu(Tensor residual, Tensor query, Tensor key, Tensor v
                              Optional down_bias, Optional idx, Optional z, std::string act) {
   const char* op = "attend_mlp_decode";
   check_sequences(op, "residual", residual);
-  check_dtype(op, "query", query, residual.scalar_type(), "that of residual");
+  const char* which = "that of residual";
+  check_alike(op, "query", query, residual, which);
   expect_shape(op, "query", query, {residual.size(0), -1, residual.size(1), -1}, "(B, H, T, Dh)");
-  const int64_t width = residual.size(2);
+  const int64_t tokens = residual.size(0) * residual.size(1), width = residual.size(2);
+  const int64_t features = query.size(1) * query.size(3);
+  const std::pair<const char*, const Tensor&> parts[] = {{"out", out}, {"norm", norm}, {"up", up}, {"down", down}};
+  for (const auto& [name, part] : parts) check_alike(op, name, part, residual, which);
+  const std::pair<const char*, const Optional&> options[] = {{"out_bias", out_bias},   {"gate", gate},
+                                                             {"up_bias", up_bias},     {"gate_bias", gate_bias},
+                                                             {"down_bias", down_bias}};
+  for (const auto& [name, option] : options)
+    if (option) check_alike(op, name, *option, residual, which);
+  if (out_idx) expect_shape(op, "out_idx", *out_idx, {features}, "(H Dh,), as query has");
+  const Tensor out_rows =
+      unit_rows(op, "out", out, width, out_idx ? -1 : features,
+                out_idx ? "(D, F), D that of residual" : "(D, H Dh), D that of residual, H and Dh of query");
+  expect_shape(op, "norm", norm, {width}, "(D,), D that of residual");
+  expect_shape(op, "up", up, {-1, width}, "(N, D), D that of residual");
+  const Tensor down_rows = unit_rows(op, "down", down, width, up.size(0), "(D, N), as up has");
   const Tensor attended = cpu::gated_attention_decode(op, query, key, value, std::nullopt, std::nullopt, mask,
                                                       std::nullopt, scale, 0);
-  // Laid out as (B, T, H, Dh).
-  const Tensor heads = rows(attended, residual.size(0) * residual.size(1), query.size(1) * query.size(3));
+  const Tensor heads = rows(attended, tokens, features);  // laid out as (B, T, H, Dh)
   const auto data = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
-  const Tensor out_rows = unit_rows(op, "out", out), down_rows = unit_rows(op, "down", down);
-  expect_shape(op, "out", out, {width, -1}, "(D, H Dh), D that of residual");
   const Tensor x = cpu::linear_t_decode(op, {"out", "out_bias", "out_idx", "out_z"}, heads, out_rows, out_bias,
                                         out_idx, out_z, data(residual));
   const Tensor normed = cpu::rms_norm(op, x, norm, eps, "norm");

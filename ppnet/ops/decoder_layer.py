@@ -11,6 +11,7 @@ step whose weights have just gone through the caches, each call from Python cost
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ define(
 # The packets torch.ops.ppnet.<name> look their overload up at every call.
 _qkv_decode = torch.ops.ppnet.qkv_decode.default
 _attend_mlp_decode = torch.ops.ppnet.attend_mlp_decode.default
+_NAMES = [argument.name for argument in _attend_mlp_decode._schema.arguments]
 
 
 def qkv_decode(
@@ -62,10 +64,10 @@ def qkv_decode(
         q_norm, k_norm: ``(Dh,)`` weights of RMSNorms of each query's and key's head, or None.
 
     Returns:
-        query ``(B, K_0 / Dh, T, Dh)``, key and value ``(B, K_1 / Dh, T, Dh)``, laid out as ``(B, T, H, Dh)``. Rounded to
-        x's dtype after the norms, the products and the embedding, as the model's own modules do. Independent of the
-        number of threads. Not differentiable. Working memory: a layer's tokens and heads in each of these steps, and
-        that of `linears_decode`.
+        query ``(B, K_0 / Dh, T, Dh)``, key and value ``(B, K_1 / Dh, T, Dh)``, laid out as ``(B, T, H, Dh)``. Rounded
+        to x's dtype after the norms, the products and the embedding, as the model's own modules do. Independent of the
+        number of threads. Not differentiable. Working memory: x normed, query and key once more (twice with q_norm and
+        k_norm), what has to be made contiguous, and that of `linears_decode`.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.
@@ -92,9 +94,9 @@ def qkv_decode_ref(
     k_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv_decode in plain torch."""
-    batch, tokens, features = x.shape
+    batch, tokens, _ = x.shape
     same_lengths("qkv_decode", weight=weight, bias=bias, idx=idx)
-    outputs = linears_decode_ref(rms_norm_ref(x, norm, eps).reshape(-1, features), weight, bias, idx=idx)
+    outputs = linears_decode_ref(rms_norm_ref(x, norm, eps).flatten(0, 1), weight, bias, idx=idx)
     query, key, value = (y.reshape(batch, tokens, y.shape[1] // cos.shape[2], cos.shape[2]) for y in outputs)
     query = query if q_norm is None else rms_norm_ref(query, q_norm, eps)
     key = key if k_norm is None else rms_norm_ref(key, k_norm, eps)
@@ -135,12 +137,14 @@ def attend_mlp_decode(
             out_bias: ``(D,)``. out_idx: ``(H Dh,)`` int64 columns that the heads are; None: all. out_z: ``(H Dh,)``
             float32 factors of the heads.
         norm: ``(D,)`` weight of the RMSNorm before the MLP. eps: its own.
-        up, gate: ``(N, D)``; down: ``(D, N)``, stored unit by unit. The biases, idx, z and act are `gated_mlp_decode`'s.
+        up, gate: ``(N, D)``; down: ``(D, N)``, stored unit by unit. The biases, idx, z and act are those of
+            `gated_mlp_decode`.
 
     Returns:
-        ``(B, T, D)`` of residual's dtype. Rounded after the attention, after each residual is added, and after the norm;
-        in between as the operators it is made of. Independent of the number of threads. Not differentiable. Working
-        memory: a layer's tokens in each of these steps, and that of the operators it is made of.
+        ``(B, T, D)`` of residual's dtype. Rounded after the attention, after each residual is added, and after the
+        norm; in between as the operators it is made of. Independent of the number of threads. Not differentiable.
+        Working memory: the heads' outputs ``(B, T, H Dh)``, ``(B, T, D)`` twice, what has to be made contiguous, and
+        the largest of what `gated_attention_decode`, `linear_t_decode` and `gated_mlp_decode` take.
 
     Raises:
         RuntimeError: naming the argument and what is allowed.
@@ -247,11 +251,9 @@ def _attend_mlp_decode_torch(
     gate: Tensor | None,
     *mlp: Tensor | str | None,
 ) -> Tensor:
-    named = dict(zip(("up_bias", "gate_bias", "down_bias", "idx", "z", "act"), mlp, strict=True))
-    projection = {"out_bias": out_bias, "out_idx": out_idx, "out_z": out_z}
-    return attend_mlp_decode_ref(
-        residual, query, key, value, out, norm, eps, up, down, gate, mask=mask, scale=scale, **projection, **named
-    )  # type: ignore[arg-type]
+    named: dict[str, Any] = dict(zip(("up_bias", "gate_bias", "down_bias", "idx", "z", "act"), mlp, strict=True))
+    named |= {"mask": mask, "scale": scale, "out_bias": out_bias, "out_idx": out_idx, "out_z": out_z}
+    return attend_mlp_decode_ref(residual, query, key, value, out, norm, eps, up, down, gate, **named).contiguous()
 
 
 @torch.library.register_fake("ppnet::qkv_decode", lib=LIBRARY)
@@ -277,11 +279,9 @@ def _qkv_decode_fake(
 
 
 @torch.library.register_fake("ppnet::attend_mlp_decode", lib=LIBRARY)
-def _attend_mlp_decode_fake(
-    residual: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *rest: object
-) -> Tensor:
-    others = [t for t in rest if isinstance(t, Tensor)]
-    same_device("attend_mlp_decode", residual=residual, query=query, key=key, value=value, mask=mask, weights=others)
+def _attend_mlp_decode_fake(residual: Tensor, *rest: Tensor | float | str | None) -> Tensor:
+    named = zip(_NAMES, (residual, *rest), strict=True)
+    same_device("attend_mlp_decode", **{name: value for name, value in named if isinstance(value, Tensor)})
     return residual.new_empty(residual.shape)
 
 

@@ -109,6 +109,33 @@ def decode_calls() -> dict[str, Call]:
         "gated_attention_decode": Call(lambda: ops.gated_attention_decode(query, key, value), attention),
         "rms_norm": Call(lambda: ops.rms_norm(up, up[0], 1e-6)),
         "rotary": Call(lambda: ops.rotary(key, value[:, :5], angles, angles)),
+        **layer_calls(),
+    }
+
+
+def layer_calls() -> dict[str, Call]:
+    """A decoder layer of 16 heads in 4 KV groups, for 2 sequences of 2 new tokens each."""
+    sequences, tokens, heads, groups, width, dtype = 2, 2, 16, 4, 64, torch.bfloat16
+    x, norm = randn(sequences, tokens, WIDTH, dtype=dtype), randn(WIDTH, dtype=dtype)
+    weight = [randn(n * width, WIDTH, dtype=dtype) for n in (heads, groups, groups)]
+    angles, turn = randn(1, tokens, width, dtype=dtype), randn(width, dtype=dtype)
+    query = randn(sequences, heads, tokens, width, dtype=dtype)
+    key, value = (randn(sequences, groups, 700, width, dtype=dtype) for _ in range(2))
+    out, up, down, gate = (randn(n, WIDTH, dtype=dtype) for n in (heads * width, ROWS, ROWS, ROWS))
+    idx, z, few = kept(), randn(KEPT), sequences * tokens
+    padded = (2 + 4) * few * (WIDTH + 64)  # the tokens in their dtype and in float32
+    sums = 32 * 4 * few * (WIDTH + 64)
+    per_thread = 72 * 1024 + 4 * (heads // groups) * tokens * (width + 512)
+    attention = 4 * sequences * heads * tokens * 2 * (width + 2) + threads() * per_thread
+    return {
+        "qkv_decode": Call(
+            lambda: ops.qkv_decode(x, norm, 1e-6, weight, [None] * 3, angles, angles, q_norm=turn, k_norm=turn),
+            2 * few * (WIDTH + 2 * (heads + groups) * width) + padded,
+        ),
+        "attend_mlp_decode": Call(
+            lambda: ops.attend_mlp_decode(x, query, key, value, out.t(), norm, 1e-6, up, down.t(), gate, idx=idx, z=z),
+            2 * few * (heads * width + 2 * WIDTH) + max(attention, padded + sums),
+        ),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from any_attention import gated_attention, gated_attention_backward, gated_attention_decode
 from any_input import FLOATING, HALF_OR_FLOAT, LAYOUTS, ROW_LAYOUTS, Case, Inputs, attempt, spoil, wide
+from any_layer import attend_mlp_decode, qkv_decode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -305,7 +306,7 @@ def linear_t_decode(inputs):
 OPERATORS = (
     gather_rows, scatter_rows, row_norms, row_norms_backward, gated_act, gated_act_backward, gated_mlp, linear,
     linear_decode, linears_decode, linear_t_decode, rms_norm, rotary, gated_mlp_decode, gated_attention_decode,
-    gated_attention, gated_attention_backward,
+    gated_attention, gated_attention_backward, qkv_decode, attend_mlp_decode,
 )  # fmt: skip
 
 

@@ -23,8 +23,21 @@ WEIGHTS = dict(up=zeros(6, 8), down=zeros(6, 8), gate=zeros(6, 8), up_bias=zeros
 MLP = dict(x=zeros(2, 8), **WEIGHTS, down_bias=zeros(8), idx=IDX, z=zeros(3))
 LISTS = dict(idx=[IDX, IDX], scale=[zeros(3), None], dim=[0, 0])
 
+LAYER = dict(x=zeros(1, 2, 8), norm=zeros(8), eps=1e-6, cos=zeros(1, 2, 4), sin=zeros(1, 2, 4))
+ATTENDED = dict(residual=zeros(1, 2, 8), query=QUERY[:, :2], key=KEY, value=KEY, norm=zeros(8), eps=1e-6)
+PROJECTION = dict(out=zeros(16, 8).t(), out_bias=zeros(8), out_idx=torch.arange(16), out_z=zeros(16))
+
 # One valid call of every operator, with every argument that may be a tensor.
 CALLS: dict[str, dict[str, Any]] = {
+    "attend_mlp_decode": dict(
+        **ATTENDED,
+        **PROJECTION,
+        **{**WEIGHTS, "down": zeros(6, 8).t()},
+        down_bias=zeros(8),
+        idx=IDX,
+        z=zeros(3),
+        mask=zeros(2, 5),
+    ),
     "gated_act": dict(up=zeros(2, 6), gate=zeros(2, 6), z=zeros(6)),
     "gated_act_backward": dict(dh=zeros(2, 6), up=zeros(2, 6), gate=zeros(2, 6), z=zeros(6), act="silu"),
     "gated_attention": dict(query=QUERY, key=KEY, value=KEY, gate=zeros(2), mask=zeros(2, 5)),
@@ -38,6 +51,14 @@ CALLS: dict[str, dict[str, Any]] = {
     "linear_decode": dict(x=zeros(2, 8), weight=zeros(6, 8), bias=zeros(6), idx=IDX),
     "linear_t_decode": dict(x=zeros(2, 3), weight=zeros(6, 8), bias=zeros(8), idx=IDX, z=zeros(3)),
     "linears_decode": dict(x=zeros(2, 8), weight=[zeros(6, 8)] * 2, bias=[zeros(6), None], idx=[IDX, None]),
+    "qkv_decode": dict(
+        **LAYER,
+        weight=[zeros(4, 8)] * 3,
+        bias=[zeros(4), None, zeros(4)],
+        idx=[torch.arange(4), None, None],
+        q_norm=zeros(4),
+        k_norm=zeros(4),
+    ),
     "rms_norm": dict(x=zeros(2, 8), weight=zeros(8), eps=1e-6),
     "rotary": dict(query=QUERY, key=KEY[:, :, :2], cos=zeros(1, 2, 8), sin=zeros(1, 2, 8)),
     "row_norms": dict(weight=[zeros(6, 8)] * 2, input_scale=[zeros(8), None], dim=[0, 0]),
