@@ -20,8 +20,9 @@ from ppnet.size import plan, resize, size_curve
 from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
-    from ppnet import evaluate
+    from ppnet import evaluate, scores
     from ppnet.reporting import report
+    from ppnet.scores import Scores, score
     from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
 
 __version__ = "0.1.0"
@@ -33,6 +34,9 @@ _LAZY = {
     "PuppetCallback": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
+    "Scores": "ppnet.scores",
+    "score": "ppnet.scores",
+    "scores": "ppnet.scores",
 }
 
 __all__ = [
@@ -41,6 +45,7 @@ __all__ = [
     "PuppetConfig",
     "PuppetTrainer",
     "PuppetTrainerMixin",
+    "Scores",
     "accelerate",
     "build_info",
     "compact",
@@ -53,6 +58,8 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "score",
+    "scores",
     "size_curve",
     "unwrap",
     "wrap",
