@@ -37,10 +37,27 @@ def as_dense(model: nn.Module) -> Iterator[None]:
     """
     dense = engine_of(model).puppet.dense() if is_wrapped(model) else nullcontext()
     with evaluation_mode(model), undisturbed(model), dense:
-        for module in model.modules():
-            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-                module.training = True
-        yield
+        layers = [
+            module
+            for module in model.modules()
+            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+        ]
+        for layer in layers:
+            layer.training = True
+        handle = None
+        if layers:
+            # Re-entrant checkpointing computes gradients only if an input of the layer asks for one.
+            embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+            handle = embeddings.register_forward_hook(_with_gradient)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+
+def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.detach().requires_grad_(torch.is_grad_enabled())
 
 
 class NormFinder:
@@ -105,7 +122,7 @@ class Collector:
                         part = {name: tensor[rows].to(device) for name, tensor in batch.items()}
                         size = len(part["input_ids"])
                         self._rated = None if rated is None else rated.rows(slice(done, done + size))
-                        self._one(probe, part, backward)
+                        self._one(part, backward)
                         done += size
                         if progress:
                             report.advance(part["input_ids"].numel())
@@ -152,13 +169,15 @@ class Collector:
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
 
-    def _one(self, probe: Probe, batch: Batch, backward: bool) -> None:
+    def _one(self, batch: Batch, backward: bool) -> None:
         mask = batch.get("attention_mask")
         self._mask = None if mask is None else mask.bool()
         self._watched.clear()
         inputs = {"input_ids": batch["input_ids"], **({} if mask is None else {"attention_mask": mask})}
         outputs = self.model(**inputs, use_cache=False)
         labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+        if mask is not None:  # what follows padding on the left is predicted by nothing
+            labels = labels.masked_fill(mask == 0, IGNORED)
         self._tokens = (labels != IGNORED).sum(1)
         self.tokens += int(self._tokens.sum()) if self.loss is None else len(labels)
         self.sequences += len(labels)
@@ -172,16 +191,15 @@ class Collector:
             )
         fisher = FISHER in self.needs
         if self.needs & {GRADIENTS, REWARDS}:
-            self._backward(probe, GRADIENTS, losses, retain=fisher)
+            self._backward(GRADIENTS, losses, retain=fisher)
         if fisher:
-            self._backward(
-                probe, FISHER, self._losses(outputs, self._drawn(outputs.logits, labels), batch), retain=False
-            )
+            drawn = self._drawn(outputs.logits, labels)
+            self._backward(FISHER, self._losses(outputs, drawn, batch), retain=False)
 
-    def _backward(self, probe: Probe, target: str, losses: Tensor, retain: bool) -> None:
+    def _backward(self, target: str, losses: Tensor, retain: bool) -> None:
         self._target = target
-        # The anchors get no gradient: asking for theirs runs the sinks, and nothing else that could be left out.
-        torch.autograd.grad(losses.sum(), probe.anchors(), retain_graph=retain, allow_unused=True)
+        # Not autograd.grad, which re-entrant checkpointing refuses. No parameter takes a gradient here.
+        losses.sum().backward(retain_graph=retain)
 
     def _losses(self, outputs: Any, labels: Tensor, batch: Batch) -> Tensor:
         """One loss per sequence: (B,)."""

@@ -45,8 +45,6 @@ class Probe:
         watch: called in the forward pass with (number of the site, x).
 
     Attributes:
-        anchor: a leaf that every gate depends on: differentiate a loss with respect to it to run the sinks alone. It
-            gets no gradient.
         active: nothing is done while False.
     """
 
@@ -66,7 +64,8 @@ class Probe:
             raise
 
     def anchors(self) -> list[Tensor]:
-        """The anchors of the passes so far, one per device."""
+        """A leaf per device that every gate of the passes so far depends on. They get no gradient: to differentiate a
+        loss with respect to them runs the sinks, and computes nothing that these do not need."""
         return list(self._anchors.values())
 
     def remove(self) -> None:
