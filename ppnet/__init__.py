@@ -20,9 +20,11 @@ from ppnet.size import plan, resize, size_curve
 from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
-    from ppnet import evaluate, scores
+    from ppnet import evaluate
+    from ppnet import scores as scores
     from ppnet.reporting import report
-    from ppnet.scores import Scores, score
+    from ppnet.scores.result import Scores
+    from ppnet.scores.score import score
     from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
 
 __version__ = "0.1.0"

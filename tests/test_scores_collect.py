@@ -56,7 +56,7 @@ def test_batches_and_padding_do_not_matter(model_type):
             "attention_mask": mask.flip(1),
         }
         # rotary angles are float32 whatever the model is
-            close(alone, score_methods(model, {**left, **extra}, FIXED), rtol=1e-5)
+        close(alone, score_methods(model, {**left, **extra}, FIXED), rtol=1e-5)
 
 
 def test_prompts_without_labels_are_context_only():
