@@ -219,7 +219,9 @@ def least_units(floor: float | Mapping[str, float] | None, structure: Structure,
         PlanError: an unknown kind, or not a fraction in [0, 1].
     """
     kinds = {site.kind for site in structure.sites}
-    floors = dict(floor) if isinstance(floor, Mapping) else dict.fromkeys(kinds, 0.0 if floor is None else floor)
+    floors = (
+        dict(floor) if isinstance(floor, Mapping) else dict.fromkeys(sorted(kinds), 0.0 if floor is None else floor)
+    )
     for kind, value in floors.items():
         if kind not in kinds or isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             raise PlanError(

@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of
 from ppnet.evaluate.tokens import adds_bos, looks_like_a_path
-from ppnet.train.data import IGNORED, check_vocabulary, text_blocks
 
+IGNORED = -100
 MAX_TOKENS = 2**16
 DEFAULT_LENGTH = 512
 # Blocks are drawn from the first so many times `max_tokens` tokens of the text, so that endless streams end.
@@ -74,6 +74,9 @@ def calibration_batches(
         DataError: nothing to read, sequences of fewer than 2 tokens only, ids outside the vocabulary, tensors of
             different shapes, or data of an unknown type.
     """
+    # Here, since `ppnet.train` brings transformers' trainer, and callbacks that build on this module.
+    from ppnet.train.data import check_vocabulary, text_blocks
+
     if length is not None and length < 2:
         raise DataError(f"length: {length!r} must be >= 2, so that a sequence holds at least one prediction.")
     if batch_size < 1:

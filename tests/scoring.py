@@ -7,15 +7,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from helpers import GatedReference, token_ids
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from ppnet.families import structure_of
 from ppnet.units import Site
 
+WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghij"])}
 IDS = token_ids(batch=4, length=12)
 REWARDED = {"input_ids": IDS, "rewards": [1.0, 0.0, 0.5, 0.25], "groups": [0, 0, 1, 1]}
 DATA_METHODS = ("activation", "bias", "kl", "mama", "movement", "reward", "taylor")
 METHODS = (*DATA_METHODS, "magnitude")
+
+
+def words(add_bos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of ten words and three special tokens."""
+    tokenizer: Any = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
 
 
 def options_of(method: str) -> dict[str, Any]:

@@ -5,27 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from scoring import WORDS, words
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from ppnet.calibration import calibration_batches, tokens_of
 from ppnet.errors import DataError
 from ppnet.train import text_blocks
 
 MODEL = tiny("llama")
-WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghij"])}
 TEXT = " ".join("abcdefghij"[(i * i + i // 7) % 10] for i in range(300))
-
-
-def words(add_bos=False):
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if add_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
-    )
 
 
 IDS = torch.tensor([WORDS[word] for word in TEXT.split()])

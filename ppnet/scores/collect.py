@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppnet.calibration import Batch
+from ppnet.calibration import IGNORED, Batch
 from ppnet.errors import DataError, PPNetError
 from ppnet.evaluate.model_state import device_of, vocabulary_of
 from ppnet.evaluate.perplexity import MAX_LOGITS
@@ -20,7 +20,6 @@ from ppnet.scores.probe import Probe, input_norms, undisturbed
 from ppnet.scores.registry import ACTIVATIONS, FISHER, GRADIENTS, REWARDS, Needs
 from ppnet.scores.rewards import Ratings, RewardGradients, ratings
 from ppnet.scores.statistics import Activations, Affine, GateGradients, SiteStatistics, SiteWeights, gate_gradients
-from ppnet.train.data import IGNORED
 from ppnet.units import Site, Structure
 from ppnet.wrap import engine_of, is_wrapped
 

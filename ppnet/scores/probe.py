@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ppnet.errors import UnsupportedModelError
+from ppnet.families import structure_of
 from ppnet.scores.statistics import Affine
 from ppnet.units import Site, Structure
+from ppnet.wrap import is_wrapped
 
 Sink = Callable[[int, Tensor, Tensor], None]
 Watch = Callable[[int, Tensor], None]
@@ -88,6 +91,25 @@ class Probe:
             return (_Gate.apply(x, anchor, self.sink, number), *args[1:])
 
         return enter
+
+
+def probe_target(model: Any) -> tuple[nn.Module, Structure]:
+    """The module below which the sites' names lead to modules, and its structure: also with PEFT adapters attached.
+
+    Raises:
+        UnsupportedModelError: as `ppnet.families.structure_of`, or gates that are being trained.
+    """
+    if is_wrapped(model):
+        raise UnsupportedModelError(
+            f"model: this {type(model).__name__} carries gates, whose own training decides what stays; collect "
+            "movement on the model without gates (ppnet.unwrap)."
+        )
+    if not hasattr(model, "peft_config"):
+        return model, structure_of(model)
+    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        bare = type(host)(host.config)  # the same model without adapters: names and widths
+    return host, structure_of(bare)
 
 
 def input_norms(model: Any, structure: Structure, device: torch.device) -> dict[str, Affine]:

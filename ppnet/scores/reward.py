@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ppnet.scores.registry import REWARDS, choose, scorer
@@ -18,11 +20,17 @@ def reward(statistics: SiteStatistics, *, form: str = "groups", kappa: float = 0
             it raises the reward and destroys the language model, so it is there for comparison only.
         kappa: of ``"split"``, in [0, 1].
     """
-    choose("form", form, ("groups", "split", "signed"))
     rewards = statistics.rewards
+    sums = {name: getattr(rewards, name) for name in ("signed", "absolute", "positive", "negative")}
+    return from_sums(sums, rewards.groups, form, kappa)
+
+
+def from_sums(sums: Mapping[str, Tensor], groups: float, form: str, kappa: float) -> Tensor:
+    """The score from the sums of `RewardGradients` over so many groups."""
+    choose("form", form, ("groups", "split", "signed"))
     total = {
-        "groups": rewards.absolute,
-        "split": rewards.positive - kappa * rewards.negative,
-        "signed": rewards.signed,
+        "groups": sums["absolute"],
+        "split": sums["positive"] - kappa * sums["negative"],
+        "signed": sums["signed"],
     }[form]
-    return total / max(rewards.groups, 1)
+    return total / max(groups, 1)
