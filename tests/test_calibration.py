@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import tiny
-from scoring import WORDS, words
+from scoring import TEXT, WORDS, words
 from torch.utils.data import DataLoader
 
 from ppnet.calibration import calibration_batches, tokens_of
@@ -13,7 +13,6 @@ from ppnet.errors import DataError
 from ppnet.train import text_blocks
 
 MODEL = tiny("llama")
-TEXT = " ".join("abcdefghij"[(i * i + i // 7) % 10] for i in range(300))
 
 
 IDS = torch.tensor([WORDS[word] for word in TEXT.split()])
