@@ -6,7 +6,7 @@ removed takes the rest of a measured step of the whole model. Weights take turns
 from memory as in a whole model and not from the cache. The machine should be idle.
 
 The table is kept in memory and in `CACHE` (``~/.cache/ppnet/latency.json``), by device, number of threads, dtype, torch
-version and shape; delete that file to measure anew.
+version and shape (of torch's products, also for an accelerated model); delete that file to measure anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from ppnet.files import write_atomic
 from ppnet.metrics import meter
 from ppnet.modes import evaluating
 from ppnet.units import Site, Structure, leaf_module
+from ppnet.wrap import engine_of, is_wrapped
 
 CACHE = Path.home() / ".cache" / "ppnet" / "latency.json"
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -172,7 +174,8 @@ def _step(model: Any, device: torch.device) -> Callable[[], Any]:
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
     def run() -> None:
-        with evaluating(model):
+        dense = engine_of(model).puppet.dense() if is_wrapped(model) else nullcontext()
+        with evaluating(model), dense:
             model(input_ids=ids, use_cache=False)
 
     return run

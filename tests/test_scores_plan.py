@@ -244,6 +244,16 @@ def test_latency_of_gates(clock):
     assert made.source == "gates" and 0 < made.u < 1 and made.achieved <= made.asked
     with ppnet.resize(model, 0.6, metric="latency", of="gated") as resized:
         assert "latency" in repr(resized) and resized.plan.kept == made.kept
+    latency._TABLE.clear()
+    latency.CACHE.unlink()
+    seen = []
+    handle = model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: seen.append(model._ppnet_engine.force_dense)
+    )
+    with ppnet.resize(model, 0.7):
+        ppnet.plan(model, 0.8, metric="latency", of="gated")
+    handle.remove()
+    assert seen and all(seen)  # it is the dense model that is timed
     with torch.device("meta"):
         meta = type(model)(tiny("llama").config)
     with pytest.raises(PPNetError, match="'latency' is measured"):
