@@ -21,7 +21,10 @@ from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
     from ppnet import evaluate
+    from ppnet import scores as scores
     from ppnet.reporting import report
+    from ppnet.scores.result import Scores
+    from ppnet.scores.score import score
     from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
 
 __version__ = "0.1.0"
@@ -33,6 +36,9 @@ _LAZY = {
     "PuppetCallback": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
+    "Scores": "ppnet.scores",
+    "score": "ppnet.scores",
+    "scores": "ppnet.scores",
 }
 
 __all__ = [
@@ -41,6 +47,7 @@ __all__ = [
     "PuppetConfig",
     "PuppetTrainer",
     "PuppetTrainerMixin",
+    "Scores",
     "accelerate",
     "build_info",
     "compact",
@@ -53,6 +60,8 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "score",
+    "scores",
     "size_curve",
     "unwrap",
     "wrap",

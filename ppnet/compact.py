@@ -50,7 +50,7 @@ def compact(
         size_or_plan: a `Plan`, or a size that ``ppnet.plan(model, size, metric=metric, **plan_kwargs)`` accepts.
         check: compare the logits of the result with those of the masked dense model on random tokens
             (`ppnet.equivalence`): at most 1e-5 of the largest logit apart in float32.
-        metric: what a size means: ``params``, ``flops`` or ``bytes``.
+        metric: what a size means: ``params``, ``flops``, ``bytes`` or ``latency``.
         **plan_kwargs: further arguments of `ppnet.plan`.
 
     Raises:

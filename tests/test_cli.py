@@ -132,7 +132,7 @@ def test_wrong_requests_say_what_to_do(refused, folders, tmp_path):
     assert "no config.json" in refused("eval", tmp_path, "--data", text, "--tokenizer", puppet)
     assert "above the dense" in refused("resize", puppet, "--size", 10**9)
     assert "smallest" in refused("resize", puppet, "--size", 0.001)
-    assert "metric" in refused("resize", puppet, "--size", 0.5, "--metric", "latency")
+    assert "metric" in refused("resize", puppet, "--size", 0.5, "--metric", "time")
     assert "of:" in refused("resize", puppet, "--size", 0.5, "--of", "layers")
     assert "not a number" in refused("resize", puppet, "--size", "half")
     assert "kind=number" in refused("resize", puppet, "--size", 0.5, "--multiple-of", "neuron")

@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from ppnet.cli.common import (
+    Allocation,
     Force,
     Json,
     Metric,
     MultipleOf,
     Of,
+    ScoresFile,
     achieved,
     check_output,
     cost_table,
     load_model,
+    load_scores,
     load_tokenizer,
     parse_multiple_of,
     parse_size,
@@ -47,13 +50,15 @@ def resize(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
+    scores: ScoresFile = None,
+    allocation: Allocation = "uniform",
     out: Annotated[Path | None, typer.Option(help="Write the plan (which units stay) to this JSON file.")] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Decide which units stay at a size, and write it down as a plan.
 
-    Gates rank the units; a model without gates is ranked by magnitude.
+    Gates rank the units, or scores if a file of them is given; a model without either is ranked by magnitude.
 
     Example:  ppnet resize puppet --size 0.5 --metric flops --out plan.json
     """
@@ -63,7 +68,10 @@ def resize(
     if out is not None:
         check_output(out, force)
     with quiet_stdout():
-        plan = make_plan(load_model(folder, "cpu"), wanted, metric=metric, of=of, multiple_of=multiples)
+        plan = make_plan(
+            load_model(folder, "cpu"), wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
+            scores=load_scores(scores),
+        )  # fmt: skip
     if out is not None:
         plan.save(out)
     result = {"size": wanted, "metric": metric, "of": of, **achieved(plan), "plan": out}
@@ -84,6 +92,8 @@ def compact(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
+    scores: ScoresFile = None,
+    allocation: Allocation = "uniform",
     check: Annotated[bool, typer.Option(help="Compare the small model's logits with the masked model's.")] = True,
     force: Force = False,
     json: Json = False,
@@ -92,6 +102,7 @@ def compact(
 
     Example:  ppnet compact puppet --size 0.5 --out small
     Example:  ppnet compact puppet --plan plan.json --out small
+    Example:  ppnet compact models/llama --size 0.5 --scores scores.safetensors --out small
     """
     from ppnet.checkpoint import save
     from ppnet.compact import compact as compact_model
@@ -105,14 +116,19 @@ def compact(
     multiples = parse_multiple_of(multiple_of)
     if plan is not None:
         rounding = {} if multiples is None else {"multiple-of": multiples}
-        refuse_options("--plan is given", metric=metric, of=of, **rounding)
+        ranking = {"scores": scores, "allocation": None if allocation == "uniform" else allocation}
+        given = {name: value for name, value in ranking.items() if value is not None}
+        refuse_options("--plan is given", metric=metric, of=of, **rounding, **given)
     decided = Plan.load(plan) if plan is not None else None
     wanted = parse_size(size) if size is not None else None
     with quiet_stdout():
         model = load_model(folder, "cpu")
         if decided is None:
             assert wanted is not None
-            decided = make_plan(model, wanted, metric=metric, of=of, multiple_of=multiples)
+            decided = make_plan(
+                model, wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
+                scores=load_scores(scores),
+            )  # fmt: skip
         small = compact_model(model, decided, check=check)
         try:
             tokenizer = load_tokenizer(folder)

@@ -2,13 +2,17 @@
 
 from ppnet.train.checkpointing import last_good_checkpoint, verify_checkpoint
 from ppnet.train.data import TextBlocks, check_vocabulary, text_blocks
+from ppnet.train.grpo import RewardMovementMixin
+from ppnet.train.movement import MovementCallback
 from ppnet.train.objective import distillation_loss, param_groups
 from ppnet.train.trainer import PuppetCallback, PuppetTrainer, PuppetTrainerMixin, default_arguments
 
 __all__ = [
+    "MovementCallback",
     "PuppetCallback",
     "PuppetTrainer",
     "PuppetTrainerMixin",
+    "RewardMovementMixin",
     "TextBlocks",
     "check_vocabulary",
     "default_arguments",
