@@ -50,6 +50,20 @@ def hooked(*hooks: tuple[nn.Module, Callable[..., Any]]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def also_called(module: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Every call of a module calls another one first, with the same arguments."""
+
+    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        other(*args, **kwargs)
+
+    handle = module.register_forward_pre_hook(call, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @dataclass
 class Call:
     """What a decoder layer was called with, apart from its hidden states."""
@@ -85,17 +99,25 @@ class Trace:
     small: Any = None
     expected: list[Tensor] = field(default_factory=list)
 
-    def advance(self, layer: nn.Module, index: int) -> None:
-        """Moves the dense hidden states through a layer.
+    def check(self, hidden: Tensor, summed: Tensor | None, index: int) -> None:
+        """Whether a layer that ran alone gave what the next one got when the model ran by itself.
+
+        Args:
+            hidden: what it gave, ``(B, T, D)``.
+            summed: its input and the outputs of its sub-layers, added up, which must be the same; None: not asked.
 
         Raises:
-            UnsupportedModelError: the next layer got something else when the model ran by itself.
+            UnsupportedModelError: one of them is something else.
         """
-        self.dense = self.calls[index].run(layer, self.dense)
-        if index + 1 < len(self.expected) and not _close(self.dense, self.expected[index + 1], self.real):
+        if not _close(hidden, self.expected[index + 1], self.real):
             raise UnsupportedModelError(
                 f"model: what decoder layer {index} returns is not what layer {index + 1} gets, so the layers cannot "
                 'be run one by one; compact with redistribution="none" and heal the small model instead (ppnet.heal).'
+            )
+        if summed is not None and not _close(summed, hidden, self.real):
+            raise UnsupportedModelError(
+                f"model: decoder layer {index} does more than to add its sub-layers' outputs to its input, so it is "
+                "not known what they fail to give; use sequential=False."
             )
 
 

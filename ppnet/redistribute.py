@@ -14,24 +14,26 @@ methods and all formulas are ours:
 
 Where the projection has a bias, the sums are taken around the means and the bias takes what is left of the mean.
 
-y is always the dense model's output (of gated models: of their pass at lambda = 0), and a_K are the features that the
-small model itself computes, with the amplitudes of its gates folded in. So for a plan of gates, W_K is the projection
-times the amplitudes, and what removed units gave is what they gave when nothing was gated.
+y is what the dense model's sub-layer gives (of gated models: that of their pass at lambda = 0), and a_K are the
+features of the small model's, with the amplitudes of its gates folded in. So for a plan of gates, W_K is the projection
+times the amplitudes, and what removed units gave is what they gave when nothing was gated. In sequence (the default),
+a_K is what the small model computes behind its own refitted layers, and y also has what these still fail to give.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppnet.errors import DataError, PPNetError
-from ppnet.layerwise import Tap, Trace, capture, decoder_layer, hooked
+from ppnet.families import structure_of
+from ppnet.layerwise import Tap, Trace, also_called, capture, decoder_layer, hooked
 from ppnet.plan import Plan
 from ppnet.units import Leaf, Site, Structure, leaf_module
 
@@ -172,13 +174,13 @@ class Projection:
     def features(self, units: Tensor) -> Tensor:
         return self.site.consumer.features(units).to(self.dense.weight.device)
 
-    def add(self, tap: Tap, small: Tap, real: Tensor, method: str) -> None:
-        """Adds the tokens of one batch."""
-        output = tap.output[real].to(self.folded.dtype)
+    def add(self, dense: Tensor, small: Tensor, output: Tensor, real: Tensor, method: str) -> None:
+        """Adds the tokens of one batch that are `real`: both models' features and what the projection should give."""
+        output = output[real].to(self.folded.dtype)
         if self.dense.bias is not None:
             output = output - self.dense.bias.to(output)
-        removed = tap.input[real][:, self.features(self.removed)] if method == "nearest" else None
-        self.moments.add(small.input[real], output, self.folded, removed)
+        removed = dense[real][:, self.features(self.removed)] if method == "nearest" else None
+        self.moments.add(small[real], output, self.folded, removed)
 
     def refit(self, method: str, ridge: float) -> dict[str, float]:
         """Writes the new weight and bias into the small model, rounded once; the relative errors before and after."""
@@ -209,41 +211,57 @@ class Projection:
 # ---- all projections, layer by layer ---------------------------------------------------------------------------------
 
 
-def _in_one_pass(model: nn.Module, small: nn.Module, index: int, sites: Sequence[Projection], traces: list[Trace],
+def _in_one_pass(model: nn.Module, small: nn.Module, sites: Sequence[Projection], index: int, traces: Sequence[Trace],
                  method: str) -> None:  # fmt: skip
-    """Adds all tokens; every sub-layer of the small model gets the inputs that the dense model's has."""
-    layer = decoder_layer(model, sites[0].site)
-    dense, own = [Tap() for _ in sites], [Tap() for _ in sites]
-    handles = []
-    for projection in sites:
-        block = small.get_submodule(projection.site.block)
-
-        def run(module: Any, args: Any, kwargs: Any, output: Any, block: nn.Module = block) -> None:
-            block(*args, **kwargs)
-
-        handles.append(model.get_submodule(projection.site.block).register_forward_hook(run, with_kwargs=True))
-    try:
-        with hooked(*((p.dense, tap) for p, tap in zip(sites, dense, strict=True)),
-                    *((p.small, tap) for p, tap in zip(sites, own, strict=True))):  # fmt: skip
-            for trace in traces:
-                trace.calls[index].run(layer, trace.dense)
-                for projection, tap, small_tap in zip(sites, dense, own, strict=True):
-                    projection.add(tap, small_tap, trace.real, method)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _in_sequence(model: nn.Module, small: nn.Module, index: int, projection: Projection, traces: list[Trace],
-                 method: str) -> None:  # fmt: skip
-    """Adds all tokens; the small model runs on what its own layers before have given."""
-    layers = decoder_layer(model, projection.site), decoder_layer(small, projection.site)
-    dense, own = Tap(stop=True), Tap(stop=True)
-    with hooked((projection.dense, dense), (projection.small, own)):
+    """Adds all tokens of a layer's sites: both models' sub-layers get the inputs that the dense one's have."""
+    taps = [(Tap(), Tap()) for _ in sites]
+    with ExitStack() as hooks:
+        for projection, (dense, own) in zip(sites, taps, strict=True):
+            block = projection.site.block
+            hooks.enter_context(also_called(model.get_submodule(block), small.get_submodule(block)))
+            hooks.enter_context(hooked((projection.dense, dense), (projection.small, own)))
+        layer = decoder_layer(model, sites[0].site)
         for trace in traces:
-            trace.calls[index].run_until(layers[0], trace.dense)
-            trace.calls[index].run_until(layers[1], trace.small)
-            projection.add(dense, own, trace.real, method)
+            trace.calls[index].run_until(layer, trace.dense)
+            for projection, (dense, own) in zip(sites, taps, strict=True):
+                projection.add(dense.input, own.input, dense.output, trace.real, method)
+
+
+def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, before: Sequence[Site], index: int,
+                 traces: Sequence[Trace], method: str) -> None:  # fmt: skip
+    """Adds all tokens of one site: each model's sub-layer gets its own model's inputs.
+
+    The small model's residual stream is off by what its sub-layers before have failed to give. That is added to what
+    the projection should give, so that the stream is right again afterwards.
+    """
+    layers = [(m, decoder_layer(m, projection.site)) for m in (model, small)]
+    earlier = [[Tap() for _ in before] for _ in layers]
+    ends = [Tap(stop=True) for _ in layers]
+    with ExitStack() as hooks:
+        for (owner, _), taps, end in zip(layers, earlier, ends, strict=True):
+            pairs = [(leaf_module(owner, s.consumer), tap) for s, tap in zip(before, taps, strict=True)]
+            hooks.enter_context(hooked(*pairs, (leaf_module(owner, projection.site.consumer), end)))
+        for trace in traces:
+            trace.calls[index].run_until(layers[0][1], trace.dense)
+            trace.calls[index].run_until(layers[1][1], trace.small)
+            behind = trace.dense - trace.small
+            for dense, own in zip(*earlier, strict=True):
+                behind = behind + (dense.output - own.output)
+            projection.add(ends[0].input, ends[1].input, ends[0].output + behind, trace.real, method)
+
+
+def _advance(model: nn.Module, small: nn.Module, layer: Sequence[Site], index: int, traces: Sequence[Trace],
+             sequential: bool) -> None:  # fmt: skip
+    """Moves all hidden states through a layer."""
+    taps = [Tap() for _ in layer]
+    for number, trace in enumerate(traces):
+        with hooked(*((leaf_module(model, s.consumer), tap) for s, tap in zip(layer, taps, strict=True))):
+            hidden = trace.calls[index].run(decoder_layer(model, layer[0]), trace.dense)
+        if number == 0:
+            trace.check(hidden, sum((tap.output for tap in taps), trace.dense) if sequential else None, index)
+        trace.dense = hidden
+        if sequential:
+            trace.small = trace.calls[index].run(decoder_layer(small, layer[0]), trace.small)
 
 
 @torch.no_grad()
@@ -261,8 +279,9 @@ def redistribute(
 ) -> dict[str, Any]:
     """Refits the output projections of a compacted model, in place.
 
-    The data goes through both models layer by layer (`ppnet.layerwise`): held at a time are the hidden states of all
-    tokens, twice, and the sums of one layer's sites, ``k^2 + D k`` numbers in float64 each.
+    The data goes through both models' layers one by one (`ppnet.layerwise`): held at a time are the hidden states of
+    all tokens, of both, and the sums of one site (of one layer, if not sequential): ``k^2 + D k`` numbers in float64
+    for k kept features.
 
     Args:
         model: the dense model, in evaluation mode and bypassing its gates, if any (but not their amplitudes at u = 0).
@@ -272,8 +291,10 @@ def redistribute(
         batches: ``input_ids`` and, where padded, ``attention_mask``; padding does not count.
         method: one of `METHODS`.
         ridge: see the module; 0 takes the smallest of the best solutions.
-        sequential: the features a_K are those of the small model with all layers before refitted already; else those
-            that it has when each sub-layer gets the dense model's inputs.
+        sequential: each model's sub-layers get their own model's inputs, the small model's layers before being refitted
+            already; what is then missing in its residual stream is made up for, too, so least squares refits every
+            projection from the first removal on, also where nothing is removed. Else all sub-layers get the dense
+            model's inputs, and only what is removed is made up for.
 
     Returns:
         What was done, for `Plan.extra`: the settings, the number of tokens, and per refitted site the squared error of
@@ -284,31 +305,33 @@ def redistribute(
         UnsupportedModelError: layers that cannot be run one by one.
     """
     check_options(method, ridge)
-    layers = {site.layer: decoder_layer(model, site) for site in structure.sites}
-    small_layers = {site.layer: decoder_layer(small, site) for site in structure.sites}
-    traces = capture(model, list(layers.values()), batches)
+    layers: dict[int, list[Site]] = {}
+    for site in structure_of(model).sites:
+        layers.setdefault(site.layer, []).append(site)
+    traces = capture(model, [decoder_layer(model, sites[0]) for sites in layers.values()], batches)
     tokens = sum(int(trace.real.sum()) for trace in traces)
     if tokens == 0:
         raise DataError("redistribute: holds no tokens that are not padding; give calibration text or token ids.")
-    errors = {}
-    found = zip(structure.sites, scales, strict=True)
-    for index, (layer, entries) in enumerate(groupby(found, key=lambda entry: entry[0].layer)):
-        sites = [
-            Projection(model, small, site, plan.kept[site.name], scale)
-            for site, (scale, _) in entries
-            if len(plan.kept[site.name]) < site.units
-        ]
-        if sites and not sequential:
-            _in_one_pass(model, small, index, sites, traces, method)
-        for projection in sites:
+    scale_of = {site.name: scale for site, (scale, _) in zip(structure.sites, scales, strict=True)}
+    errors, started = {}, False
+    for index, layer in enumerate(layers.values()):
+        chosen = []
+        for site in layer:
+            kept = plan.kept.get(site.name)
+            if kept is None:  # of a kind that the model was not gated in
+                continue
+            started = started or len(kept) < site.units
+            if len(kept) < site.units or (started and sequential and method == "least_squares"):
+                chosen.append(Projection(model, small, site, kept, scale_of[site.name]))
+        if chosen and not sequential:
+            _in_one_pass(model, small, chosen, index, traces, method)
+        for projection in chosen:
             if sequential:
-                _in_sequence(model, small, index, projection, traces, method)
+                before = layer[: layer.index(projection.site)]
+                _in_sequence(model, small, projection, before, index, traces, method)
             errors[projection.site.name] = projection.refit(method, ridge)
         if index + 1 < len(layers):
-            for trace in traces:
-                trace.advance(layers[layer], index)
-                if sequential:
-                    trace.small = trace.calls[index].run(small_layers[layer], trace.small)
+            _advance(model, small, layer, index, traces, sequential)
     return {"method": method, "ridge": ridge, "sequential": sequential, "tokens": tokens, "errors": errors}
 
 
