@@ -21,8 +21,9 @@ from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
     from ppnet import evaluate
+    from ppnet.calibration import calibration_batches
     from ppnet.reporting import report
-    from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
+    from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
 __version__ = "0.1.0"
 
@@ -31,11 +32,15 @@ _LAZY = {
     "PuppetTrainer": "ppnet.train",
     "PuppetTrainerMixin": "ppnet.train",
     "PuppetCallback": "ppnet.train",
+    "DistillationTrainer": "ppnet.train",
+    "calibration_batches": "ppnet.calibration",
+    "heal": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
 }
 
 __all__ = [
+    "DistillationTrainer",
     "Plan",
     "PuppetCallback",
     "PuppetConfig",
@@ -43,9 +48,11 @@ __all__ = [
     "PuppetTrainerMixin",
     "accelerate",
     "build_info",
+    "calibration_batches",
     "compact",
     "decelerate",
     "evaluate",
+    "heal",
     "inspect",
     "load",
     "plan",

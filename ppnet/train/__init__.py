@@ -2,10 +2,15 @@
 
 from ppnet.train.checkpointing import last_good_checkpoint, verify_checkpoint
 from ppnet.train.data import TextBlocks, check_vocabulary, text_blocks
+from ppnet.train.distill import Distillation, DistillationMixin, DistillationTrainer
+from ppnet.train.healing import heal
 from ppnet.train.objective import distillation_loss, param_groups
 from ppnet.train.trainer import PuppetCallback, PuppetTrainer, PuppetTrainerMixin, default_arguments
 
 __all__ = [
+    "Distillation",
+    "DistillationMixin",
+    "DistillationTrainer",
     "PuppetCallback",
     "PuppetTrainer",
     "PuppetTrainerMixin",
@@ -13,6 +18,7 @@ __all__ = [
     "check_vocabulary",
     "default_arguments",
     "distillation_loss",
+    "heal",
     "last_good_checkpoint",
     "param_groups",
     "text_blocks",
