@@ -5,6 +5,7 @@ from ppnet.train.data import TextBlocks, check_vocabulary, text_blocks
 from ppnet.train.distill import Distillation, DistillationMixin, DistillationTrainer
 from ppnet.train.healing import heal
 from ppnet.train.objective import distillation_loss, param_groups
+from ppnet.train.reference import kl_reference
 from ppnet.train.trainer import PuppetCallback, PuppetTrainer, PuppetTrainerMixin, default_arguments
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "default_arguments",
     "distillation_loss",
     "heal",
+    "kl_reference",
     "last_good_checkpoint",
     "param_groups",
     "text_blocks",
