@@ -312,6 +312,13 @@ def redistribute(
     tokens = sum(int(trace.real.sum()) for trace in traces)
     if tokens == 0:
         raise DataError("redistribute: holds no tokens that are not padding; give calibration text or token ids.")
+    widest = max(len(plan.kept[site.name]) * site.consumer.features_per_unit for site in structure.sites)
+    if tokens < widest and method == "least_squares":
+        warnings.warn(
+            f"redistribute: {tokens:,} tokens for projections of up to {widest:,} features; what is refitted to so few "
+            "may be worse on other text. Give more calibration data, several times as many tokens as features.",
+            stacklevel=4,
+        )
     scale_of = {site.name: scale for site, (scale, _) in zip(structure.sites, scales, strict=True)}
     errors, started = {}, False
     for index, layer in enumerate(layers.values()):

@@ -92,6 +92,12 @@ def test_without_ridge_the_smallest_solution() -> None:
     torch.testing.assert_close(least_squares(moments, 0.0), expected)
 
 
+def test_fewer_tokens_than_features_are_told() -> None:
+    model = tiny("llama")
+    with pytest.warns(UserWarning, match=r"redistribute: 8 tokens .* 64 features"):
+        compact(model, plan_of(model, lambda site: range(min(site.units, 40))), redistribute=torch.arange(8)[None] + 3)
+
+
 def test_a_ridge_that_is_lost_in_rounding_falls_back_and_says_so() -> None:
     a = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)).double() * torch.ones(1, 3).double()
     moments = Moments()
@@ -126,6 +132,53 @@ def test_the_first_layers_are_those_of_lstsq_on_the_models_own_activations(seque
         if bias:
             shift = missing.mean(0) - change @ a.mean(0)
             torch.testing.assert_close(got.bias.double(), dense.bias.double() + shift, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["kv_group", "neuron"])
+def test_later_projections_make_up_for_all_that_is_missing(kind: str) -> None:
+    """In sequence: (W_K + D) a_K is to give what the dense residual stream has more than the small one before it."""
+    model = tiny("qwen2")
+    plan = random_plan(model)
+    small = compact(model, plan, redistribute=data(), ridge=1e-2)
+    site = next(s for s in structure_of(model).sites if s.layer == 1 and s.kind == kind)
+    a, out = inputs_of(small, site.consumer.name, data())
+    _, dense_out = inputs_of(model, site.consumer.name, data())
+    where = 1 if kind == "kv_group" else 2  # hidden states that enter the layer, and that leave it
+
+    def stream(m: nn.Module) -> Tensor:
+        parts = []
+        for one in data():
+            mask = one.get("attention_mask", torch.ones_like(one["input_ids"])).bool()
+            with torch.no_grad():
+                parts.append(m(**one, output_hidden_states=True).hidden_states[where][mask])
+        return torch.cat(parts).double()
+
+    # Before the sub-layer's output was added: attention is the layer's first, the MLP its last.
+    before = [stream(m) - (o if kind == "neuron" else 0.0) for m, o in ((model, dense_out), (small, out))]
+    target = before[0] + dense_out - before[1]
+    folded = model.get_submodule(site.consumer.name).weight.double()
+    folded = folded[:, site.consumer.features(torch.tensor(plan.kept[site.name]))].detach()
+    penalty = (1e-2 * a.square().sum(0).mean()) ** 0.5
+    rows = torch.cat([a, penalty * torch.eye(a.shape[1]).double()])
+    wanted = torch.cat([target - a @ folded.T, torch.zeros(a.shape[1], target.shape[1]).double()])
+    expected = folded + torch.linalg.lstsq(rows, wanted).solution.T
+    got = small.get_submodule(site.consumer.name).weight.double()
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_projections_behind_the_first_removal_are_refitted_too() -> None:
+    model = tiny("qwen2")
+    sites = structure_of(model).sites
+    plan = plan_of(model, lambda s: range(0, s.units, 2) if s.name == sites[3].name else range(s.units))
+    small = compact(model, plan, redistribute=data())
+    assert list(small.ppnet_plan.extra["redistribution"]["errors"]) == [site.name for site in sites[3:]]
+    alone = compact(model, plan, redistribute=data(), sequential=False)
+    assert list(alone.ppnet_plan.extra["redistribution"]["errors"]) == [sites[3].name]
+    # On the data itself: so few tokens say little of others.
+    inputs = {"input_ids": data()[0]["input_ids"], "attention_mask": torch.ones_like(data()[0]["input_ids"])}
+    expected = logits(model, inputs)
+    missed = [float((logits(m, inputs) - expected).square().mean()) for m in (compact(model, plan), alone, small)]
+    assert missed[2] < missed[1] < missed[0]
 
 
 def test_mean_and_nearest_are_what_they_say() -> None:

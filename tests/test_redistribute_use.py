@@ -153,6 +153,16 @@ def test_layers_that_hand_on_more_are_refused() -> None:
     assert [len(layer._forward_pre_hooks) for layer in model.model.layers] == [0, 0, 0]
 
 
+def test_layers_that_do_not_just_add_are_refused_in_sequence() -> None:
+    """As with a multiplier of the residual."""
+    model = tiny("llama")
+    model.model.layers[0].self_attn.register_forward_hook(lambda m, args, output: (0.5 * output[0], *output[1:]))
+    plan = random_plan(model)
+    with pytest.raises(UnsupportedModelError, match=r"decoder layer 0 does more than .* use sequential=False"):
+        compact(model, plan, redistribute=data())
+    assert compact(model, plan, redistribute=data(), sequential=False, check=False)
+
+
 # ---- a trained model -------------------------------------------------------------------------------------------------
 
 
