@@ -38,7 +38,7 @@ from ppnet.plan import Plan
 from ppnet.units import Leaf, Site, Structure, leaf_module
 
 METHODS = ("least_squares", "nearest", "mean", "none")
-RIDGE = 1e-2
+RIDGE = 0.1
 Batches = Sequence[Mapping[str, Tensor]]
 
 
@@ -237,6 +237,7 @@ def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, bef
     layers = [(m, decoder_layer(m, projection.site)) for m in (model, small)]
     earlier = [[Tap() for _ in before] for _ in layers]
     ends = [Tap(stop=True) for _ in layers]
+    wide = projection.folded.dtype
     with ExitStack() as hooks:
         for (owner, _), taps, end in zip(layers, earlier, ends, strict=True):
             pairs = [(leaf_module(owner, s.consumer), tap) for s, tap in zip(before, taps, strict=True)]
@@ -244,9 +245,9 @@ def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, bef
         for trace in traces:
             trace.calls[index].run_until(layers[0][1], trace.dense)
             trace.calls[index].run_until(layers[1][1], trace.small)
-            behind = trace.dense - trace.small
+            behind = trace.dense.to(wide) - trace.small.to(wide)
             for dense, own in zip(*earlier, strict=True):
-                behind = behind + (dense.output - own.output)
+                behind = behind + (dense.output.to(wide) - own.output.to(wide))
             projection.add(ends[0].input, ends[1].input, ends[0].output + behind, trace.real, method)
 
 
