@@ -281,8 +281,8 @@ def redistribute(
     """Refits the output projections of a compacted model, in place.
 
     The data goes through both models' layers one by one (`ppnet.layerwise`): held at a time are the hidden states of
-    all tokens, of both, and the sums of one site (of one layer, if not sequential): ``k^2 + D k`` numbers in float64
-    for k kept features.
+    all tokens, of both, and the sums of one layer: for each of its sites ``k^2 + D k`` numbers in float64
+    for k kept features and width D.
 
     Args:
         model: the dense model, in evaluation mode and bypassing its gates, if any (but not their amplitudes at u = 0).

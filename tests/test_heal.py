@@ -272,7 +272,7 @@ def test_errors_of_heal() -> None:
 @needs_stories
 def test_a_pruned_story_model_heals() -> None:
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
-    text, valid = (TEXT / "train.txt").read_text()[:300_000], (TEXT / "valid.txt").read_text()[:15_000]
+    text, valid = (TEXT / "train.txt").read_text()[:120_000], (TEXT / "valid.txt").read_text()[:8_000]
 
     def nll(model: Any) -> float:
         return perplexity(model, tokenizer, valid, separator=SEPARATOR, progress=False).nll
@@ -280,7 +280,8 @@ def test_a_pruned_story_model_heals() -> None:
     student = compact(teacher, ppnet.plan(teacher, 0.75, of="gated"))
     before = nll(student)
     ppnet.heal(
-        student, teacher, text, steps=50, tokenizer=tokenizer, length=128, batch_size=8, separator=SEPARATOR,
+        student, teacher, text, steps=50, tokenizer=tokenizer, length=128, batch_size=4, separator=SEPARATOR,
         learning_rate=2e-3,
     )  # fmt: skip
+    # Measured: 3.49 before, 2.10 after.
     assert nll(student) < before - 0.8

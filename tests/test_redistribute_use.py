@@ -169,8 +169,8 @@ def test_layers_that_do_not_just_add_are_refused_in_sequence() -> None:
 @needs_stories
 def test_stories_lose_much_less() -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
-    text = (TEXT / "train.txt").read_text()[:60_000]
-    valid = (TEXT / "valid.txt").read_text()[:15_000]
+    text = (TEXT / "train.txt").read_text()[:25_000]
+    valid = (TEXT / "valid.txt").read_text()[:8_000]
 
     def nll(small: Any) -> float:
         return perplexity(small, tokenizer, valid, separator=SEPARATOR, progress=False).nll
@@ -178,5 +178,5 @@ def test_stories_lose_much_less() -> None:
     plan = ppnet.plan(model, 0.75, of="gated")
     without = nll(compact(model, plan))
     refitted = nll(compact(model, plan, redistribute=text, tokenizer=tokenizer))
-    # Measured: 3.5 without, 2.1 with.
+    # Measured: 3.49 without, 2.30 with.
     assert refitted < without - 0.8
