@@ -22,10 +22,11 @@ from ppnet.wrap import unwrap, wrap
 if TYPE_CHECKING:
     from ppnet import evaluate
     from ppnet import scores as scores
+    from ppnet.calibration import calibration_batches
     from ppnet.reporting import report
     from ppnet.scores.result import Scores
     from ppnet.scores.score import score
-    from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
+    from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,9 @@ _LAZY = {
     "PuppetTrainer": "ppnet.train",
     "PuppetTrainerMixin": "ppnet.train",
     "PuppetCallback": "ppnet.train",
+    "DistillationTrainer": "ppnet.train",
+    "calibration_batches": "ppnet.calibration",
+    "heal": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
     "Scores": "ppnet.scores",
@@ -42,6 +46,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "DistillationTrainer",
     "Plan",
     "PuppetCallback",
     "PuppetConfig",
@@ -50,9 +55,11 @@ __all__ = [
     "Scores",
     "accelerate",
     "build_info",
+    "calibration_batches",
     "compact",
     "decelerate",
     "evaluate",
+    "heal",
     "inspect",
     "load",
     "plan",

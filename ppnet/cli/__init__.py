@@ -1,4 +1,4 @@
-"""The command ``ppnet``: inspect, score, train, resize, compact, eval, bench, report, demo.
+"""The command ``ppnet``: inspect, score, train, resize, compact, heal, eval, bench, report, demo.
 
 Results go to stdout, progress and messages to stderr; with ``--json`` stdout holds one JSON value and nothing else.
 Exit codes: 0 done, 1 a request that cannot be carried out (one line says why), 2 wrong usage, 130 interrupted.

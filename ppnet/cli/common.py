@@ -31,6 +31,7 @@ MultipleOf = Annotated[
     list[str] | None, typer.Option(help="Round kept widths, e.g. neuron=64 or kv_group=2; may be given for each kind.")
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder; default: the model's folder.")]
+Separator = Annotated[str | None, typer.Option(help="Splits the text into documents, e.g. '<|endoftext|>'.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 Sizes = Annotated[
