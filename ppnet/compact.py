@@ -24,6 +24,7 @@ from ppnet.families import FAMILIES
 from ppnet.plan import Plan
 from ppnet.redistribute import RIDGE, check_options
 from ppnet.redistribute import redistribute as refit
+from ppnet.scores.probe import remove_probes
 from ppnet.shipped import shipped
 from ppnet.size import plan as plan_for_size
 from ppnet.size import refuse_options
@@ -209,6 +210,7 @@ def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
     for site, scale in zip(structure.sites, scales, strict=True):
         memo.update(_kept_parameters(model, site, torch.tensor(plan.kept[site.name]), scale))
     small = copy.deepcopy(model, memo)
+    remove_probes(small)
     if is_accelerated(small):
         take_off(small)
     if is_wrapped(small):

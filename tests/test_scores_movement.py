@@ -137,6 +137,60 @@ def test_it_refuses_what_it_cannot_do(tmp_path):
         movement.scores("both")
 
 
+class Interrupt(TrainerCallback):
+    """Ends the training within its second step, as Ctrl-C does."""
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise KeyboardInterrupt
+
+
+def interrupted(folder, model):
+    movement = MovementCallback()
+    arguments = default_arguments(folder, use_cpu=True, save_strategy="no", max_steps=3)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=DATA, data_collator=default_data_collator,
+        callbacks=[Interrupt(), movement],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return movement, trainer
+
+
+def hooks(model):
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+
+
+def test_an_interrupted_training_leaves_nothing_that_acts(tmp_path):
+    model = tiny("llama")
+    movement, trainer = interrupted(tmp_path, model)
+    seen = movement.positions
+    sums = {name: units.clone() for name, units in movement.scores().items()}
+    clean = copy.deepcopy(model)
+    assert all(getattr(hook, "probe", None) is None for hook in hooks(clean))
+    scores = ppnet.score(model, ROWS, "taylor")
+    assert all(torch.equal(units, ppnet.score(clean, ROWS, "taylor")[name]) for name, units in scores.items())
+    small = ppnet.compact(model, 0.6)
+    assert not hooks(small)
+    small(input_ids=ROWS, labels=ROWS).loss.backward()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    loaded(input_ids=ROWS, labels=ROWS).loss.backward()
+    assert movement.positions == seen
+    assert all(torch.equal(units, sums[name]) for name, units in movement.scores().items())
+    # the next training removes the hooks of the one before, but not those of its own other callbacks
+    both = [MovementCallback(), MovementCallback()]
+    arguments = default_arguments(tmp_path, use_cpu=True, save_strategy="no", max_steps=1)
+    Trainer(
+        model=model, args=arguments, train_dataset=DATA, data_collator=default_data_collator, callbacks=both
+    ).train()
+    assert both[0].positions == both[1].positions > 0 and movement.positions == seen and not hooks(model)
+    other = tiny("llama")
+    movement, trainer = interrupted(tmp_path, other)
+    movement.close()
+    assert not hooks(other) and movement.positions == seen
+
+
 def _process(rank, folder, port):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
                       WORLD_SIZE="2", OMP_NUM_THREADS="1")  # fmt: skip

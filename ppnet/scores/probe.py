@@ -3,6 +3,7 @@ gradient: a node that passes its input on hands (x, dx) to a sink in the backwar
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,8 +39,27 @@ class _Gate(torch.autograd.Function):
         return dx, None, None, None
 
 
+class ProbeHook:
+    """The hook of a probe on one consumer. It does not keep its probe alive; a copy, also a pickled one, does nothing."""
+
+    def __init__(self, probe: Probe | None = None, number: int = 0) -> None:
+        self._probe = None if probe is None else weakref.ref(probe)
+        self._number = number
+
+    @property
+    def probe(self) -> Probe | None:
+        return None if self._probe is None else self._probe()
+
+    def __reduce__(self) -> tuple[type[ProbeHook], tuple[()]]:
+        return ProbeHook, ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        probe = self.probe
+        return None if probe is None or not probe.active else probe.enter(self._number, args)
+
+
 class Probe:
-    """Hooks on the consumers of some sites, until `remove`.
+    """Hooks on the consumers of some sites, until `remove`. Copies of the model have none that do anything.
 
     Args:
         model: the model that holds the consumers, under any wrapper of its forward.
@@ -47,21 +67,28 @@ class Probe:
         sink: called in the backward pass with (number of the site, x, dx).
         watch: called in the forward pass with (number of the site, x).
 
+        run: the state of the training that it looks into, where an exception of that may leave the hooks behind.
+
     Attributes:
         active: nothing is done while False.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], sink: Sink | None = None, watch: Watch | None = None
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        sink: Sink | None = None,
+        watch: Watch | None = None,
+        run: Any = None,
     ) -> None:
-        self.sink, self.watch = sink, watch
+        self.sink, self.watch, self.run = sink, watch, run
         self.active = True
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         try:
             for number, site in enumerate(sites):
                 consumer = model.get_submodule(site.consumer.name)
-                self._handles.append(consumer.register_forward_pre_hook(self._hook(number)))
+                self._handles.append(consumer.register_forward_pre_hook(ProbeHook(self, number)))
         except BaseException:
             self.remove()
             raise
@@ -76,21 +103,44 @@ class Probe:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, number: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            if not self.active:
-                return None
-            x = args[0]
-            if self.watch is not None:
-                self.watch(number, x)
-            if self.sink is None or not torch.is_grad_enabled():
-                return None
-            anchor = self._anchors.get(x.device)
-            if anchor is None:
-                anchor = self._anchors[x.device] = torch.zeros(1, device=x.device, requires_grad=True)
-            return (_Gate.apply(x, anchor, self.sink, number), *args[1:])
+    def enter(self, number: int, args: tuple[Any, ...]) -> Any:
+        """What a consumer's hook does with the arguments of its call."""
+        x = args[0]
+        if self.watch is not None:
+            self.watch(number, x)
+        if self.sink is None or not torch.is_grad_enabled():
+            return None
+        anchor = self._anchors.get(x.device)
+        if anchor is None:
+            anchor = self._anchors[x.device] = torch.zeros(1, device=x.device, requires_grad=True)
+        return (_Gate.apply(x, anchor, self.sink, number), *args[1:])
 
-        return enter
+
+def remove_probes(model: nn.Module, unless: Callable[[Probe], bool] = lambda probe: False) -> None:
+    """Takes off what probes have left on a model, above all those of a training that was interrupted.
+
+    Args:
+        unless: probes that stay.
+    """
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, ProbeHook) and (hook.probe is None or not unless(hook.probe)):
+                del module._forward_pre_hooks[key]
+
+
+@contextmanager
+def without_probes(model: nn.Module) -> Iterator[None]:
+    """Probes that are on the model already see nothing of what happens inside."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    probes = {id(hook.probe): hook.probe for hook in hooks if isinstance(hook, ProbeHook) and hook.probe is not None}
+    flags = [(probe, probe.active) for probe in probes.values()]
+    try:
+        for probe, _ in flags:
+            probe.active = False
+        yield
+    finally:
+        for probe, active in flags:
+            probe.active = active
 
 
 def probe_target(model: Any) -> tuple[nn.Module, Structure]:

@@ -11,6 +11,7 @@ from torch import nn
 from ppnet.calibration import MAX_TOKENS, calibration_batches
 from ppnet.errors import PPNetError
 from ppnet.scores.collect import Collector, Loss, as_dense
+from ppnet.scores.probe import without_probes
 from ppnet.scores.registry import Needs, get_scorer
 from ppnet.scores.result import Scores
 from ppnet.wrap import structure_for
@@ -119,7 +120,7 @@ def score_methods(
         batches = calibration_batches(model, data, tokenizer, seed=seed, **reading)
     collector = Collector(model, structure, needs, seed=seed, loss=loss)
     made = {}
-    with as_dense(model):
+    with without_probes(model), as_dense(model):
         if needs:
             collector.run(batches, threshold=threshold, progress=progress)
         for name, (scorer, options) in scorers.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from ppnet.errors import TrainingError
-from ppnet.scores.probe import Probe, probe_target
+from ppnet.scores.probe import Probe, probe_target, remove_probes
 from ppnet.scores.registry import choose
 from ppnet.scores.result import Scores
 from ppnet.scores.statistics import gate_gradients
@@ -51,7 +51,8 @@ class MovementCallback(TrainerCallback):
         signed    -sum over steps of lr_t g_{u,t}: movement as Sanh et al. (2020) define it, at unit level
 
     Nothing is added to the model but hooks, which are removed when training ends; weights get the gradients that they
-    would have had. Evaluation and generation are not looked at. Works with PEFT adapters, bfloat16, gradient
+    would have had. Where training ends in an exception, `close` removes them, and so does the next training; `ppnet.score` and
+    copies of the model do not heed them. Evaluation and generation are not looked at. Works with PEFT adapters, bfloat16, gradient
     accumulation and activation checkpointing; with several processes the sums are averaged as gradients are. An
     interrupted run starts its sums anew when it is resumed.
 
@@ -81,6 +82,8 @@ class MovementCallback(TrainerCallback):
                 "process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self._remove()
+        # Of a training that ended in an exception; other callbacks of this one stay.
+        remove_probes(kwargs["model"], unless=lambda probe: probe.run is state or probe.run is None)
         host, self._structure = probe_target(kwargs["model"])
         sites = self._structure.sites
         device = next(host.parameters()).device
@@ -89,7 +92,16 @@ class MovementCallback(TrainerCallback):
         )
         self._index = SiteIndices(sites)
         self.positions = 0
-        self._probe = Probe(host, sites, sink=self._sink)
+        self._probe = Probe(host, sites, sink=self._sink, run=state)
+        self._probe.active = False
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._probe is not None:
+            self._probe.active = True
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._probe is not None:
+            self._probe.active = False
 
     def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         # After the step and before the schedule: the learning rate is still the one that was used.
@@ -107,6 +119,10 @@ class MovementCallback(TrainerCallback):
             self.positions = int(reduced[-1])
             sums = [tensor / processes for tensor in reduced[:-1]]
             self._absolute, self._signed = sums[: len(self._absolute)], sums[len(self._absolute) :]
+
+    def close(self) -> None:
+        """Takes the hooks off the model, if a training that did not end left them there. The sums so far stay."""
+        self._remove()
 
     def _remove(self) -> None:
         if self._probe is not None:
