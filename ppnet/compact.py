@@ -21,6 +21,7 @@ from ppnet.accelerate import take_off
 from ppnet.equivalence import as_dense, check_equivalent, plain_evaluation
 from ppnet.errors import EquivalenceError, PlanError, PPNetError
 from ppnet.families import FAMILIES
+from ppnet.modes import mixed_precision_off
 from ppnet.plan import Plan
 from ppnet.redistribute import RIDGE, check_options
 from ppnet.redistribute import redistribute as refit
@@ -82,21 +83,23 @@ def compact(
         PPNetError: `redistribution` is unknown or without data, or `ridge` is negative.
     """
     method = _method(redistribute, redistribution, ridge)
-    plan = _plan(model, size_or_plan, metric, plan_kwargs)
-    structure = planned_structure(model, plan)
-    scales = _scales(model, structure, plan)
-    batches = None if method == "none" else _batches(model, redistribute, tokenizer)
-    small = _copy_kept(model, structure, plan, scales)
-    _fit_config(small, structure, plan)
-    if batches is not None:
-        with as_dense(model, structure, plan), plain_evaluation(model, small):
-            done = refit(
-                model, small, structure, plan, scales, batches, method=method, ridge=ridge, sequential=sequential
-            )
-        plan = replace(plan, extra={**plan.extra, "redistribution": done})
-    small.ppnet_plan = plan
-    if check:
-        check_equivalent(model, small, structure, plan, refitted=batches is not None)
+    # The copy has the stock forward, too: a Trainer with bf16 leaves one on the model that autocasts.
+    with mixed_precision_off(model):
+        plan = _plan(model, size_or_plan, metric, plan_kwargs)
+        structure = planned_structure(model, plan)
+        scales = _scales(model, structure, plan)
+        batches = None if method == "none" else _batches(model, redistribute, tokenizer)
+        small = _copy_kept(model, structure, plan, scales)
+        _fit_config(small, structure, plan)
+        if batches is not None:
+            with as_dense(model, structure, plan), plain_evaluation(model, small):
+                done = refit(
+                    model, small, structure, plan, scales, batches, method=method, ridge=ridge, sequential=sequential
+                )
+            plan = replace(plan, extra={**plan.extra, "redistribution": done})
+        small.ppnet_plan = plan
+        if check:
+            check_equivalent(model, small, structure, plan, refitted=batches is not None)
     return small
 
 

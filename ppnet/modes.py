@@ -27,16 +27,38 @@ def certainly(condition: bool) -> bool:
 
 
 @contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own training flag returns afterwards."""
+def flags_kept(*models: nn.Module) -> Iterator[None]:
+    """Every module's own training flag returns afterwards."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
-        for model in models:
-            model.eval()
         yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own training flag returns afterwards."""
+    with flags_kept(*models):
+        for model in models:
+            model.eval()
+        yield
+
+
+@contextmanager
+def mixed_precision_off(model: nn.Module) -> Iterator[None]:
+    """The model's own forward, where accelerate has put one under autocast in its place (``Trainer(bf16=True)``)."""
+    names = ("forward", "_original_forward")
+    put = {
+        name: model.__dict__[name] for name in names if "_original_forward" in model.__dict__ and name in model.__dict__
+    }
+    try:
+        for name in put:
+            del model.__dict__[name]
+        yield
+    finally:
+        model.__dict__.update(put)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from test_redistribute_use import SEPARATOR, STORIES, TEXT, needs_stories
 from test_trainer import first_gradients
 from torch import Tensor, nn
 from training import LENGTH, arguments, blocks, one_thread, wrapped  # noqa: F401
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 import ppnet
 from ppnet.compact import compact
@@ -254,6 +254,71 @@ def test_heal_learns_in_place_and_leaves_no_trace(tmp_path: Path, monkeypatch: p
     assert logs.rows[-1]["distillation_kl"] < 0.7 * logs.rows[0]["distillation_kl"]
     assert torch.equal(student.lm_head.weight, fixed) and not student.lm_head.weight.requires_grad
     assert all(p.grad is None for p in student.parameters()) and list(tmp_path.iterdir()) == []
+
+
+ROWS = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_healing_in_bf16_leaves_no_forward_behind(tmp_path: Path) -> None:
+    for lora in (None, 2):
+        student, teacher = pair()
+        names = set(student.__dict__)
+        if lora is not None:
+            pytest.importorskip("peft")
+        ppnet.heal(student, teacher, ROWS, steps=3, arguments={"bf16": True}, lora=lora)
+        assert {"forward", "_original_forward"}.isdisjoint(student.__dict__) and set(student.__dict__) >= names
+        ppnet.save(student, tmp_path / "healed")
+        again = ppnet.load(tmp_path / "healed").eval()
+        with torch.no_grad():
+            assert torch.equal(student.eval()(ROWS).logits, again(ROWS).logits)
+
+
+def test_compaction_after_training_in_bf16(tmp_path: Path) -> None:
+    model = tiny("llama")
+    args = arguments(tmp_path, bf16=True, max_steps=1, save_strategy="no")
+    Trainer(model, args, train_dataset=blocks()).train()
+    assert "_original_forward" in model.__dict__
+    small = compact(model, 0.6, redistribute=ROWS)
+    assert "_original_forward" in model.__dict__ and "forward" in model.__dict__
+    assert {"forward", "_original_forward"}.isdisjoint(small.__dict__)
+    for name in ("forward", "_original_forward"):
+        del model.__dict__[name]
+    plain = compact(model, 0.6, redistribute=ROWS)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in small.state_dict().items())
+
+
+def test_heal_restores_everything_but_the_weights() -> None:
+    import random
+
+    import numpy as np
+
+    student, teacher = pair()
+    student.train()
+    student.model.layers[0].mlp.eval()
+    teacher.train()
+    teacher.model.layers[1].eval()
+    flags = [[module.training for module in model.modules()] for model in (student, teacher)]
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    expected = random.random(), float(np.random.rand()), float(torch.rand(()))
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    ppnet.heal(student, teacher, ROWS, steps=2, arguments={"activation_checkpointing": True})
+    assert (random.random(), float(np.random.rand()), float(torch.rand(()))) == expected
+    assert [[module.training for module in model.modules()] for model in (student, teacher)] == flags
+    assert not student.is_activation_checkpointing
+    assert not any(module._forward_hooks for module in student.modules())
+    student.gradient_checkpointing_enable()
+    ppnet.heal(student, teacher, ROWS, steps=1)
+    assert student.is_activation_checkpointing
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+def test_few_steps_have_no_warmup(steps: int) -> None:
+    student, teacher = pair()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    logs = Logs()
+    ppnet.heal(student, teacher, ROWS, steps=steps, callbacks=[logs], arguments={"logging_steps": 1})
+    assert logs.rows[0]["learning_rate"] == pytest.approx(1e-3)
+    assert any(not torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
 def test_errors_of_heal() -> None:

@@ -163,7 +163,7 @@ def hooks(model):
 
 def test_an_interrupted_training_leaves_nothing_that_acts(tmp_path):
     model = tiny("llama")
-    movement, trainer = interrupted(tmp_path, model)
+    movement, _trainer = interrupted(tmp_path, model)
     seen = movement.positions
     sums = {name: units.clone() for name, units in movement.scores().items()}
     clean = copy.deepcopy(model)
@@ -186,7 +186,7 @@ def test_an_interrupted_training_leaves_nothing_that_acts(tmp_path):
     ).train()
     assert both[0].positions == both[1].positions > 0 and movement.positions == seen and not hooks(model)
     other = tiny("llama")
-    movement, trainer = interrupted(tmp_path, other)
+    movement, _trainer = interrupted(tmp_path, other)
     movement.close()
     assert not hooks(other) and movement.positions == seen
 

@@ -40,7 +40,7 @@ class _Gate(torch.autograd.Function):
 
 
 class ProbeHook:
-    """The hook of a probe on one consumer. It does not keep its probe alive; a copy, also a pickled one, does nothing."""
+    """The hook of a probe on one consumer. It does not keep its probe alive; a copy, pickled or not, does nothing."""
 
     def __init__(self, probe: Probe | None = None, number: int = 0) -> None:
         self._probe = None if probe is None else weakref.ref(probe)

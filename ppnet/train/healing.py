@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from ppnet.errors import PPNetError
 from ppnet.evaluate.model_state import context_of
+from ppnet.modes import flags_kept
 from ppnet.train.distill import Distillation, DistillationTrainer
 from ppnet.train.lora import merge_lora, with_lora
 from ppnet.train.objective import IGNORED
-from ppnet.train.trainer import default_arguments
+from ppnet.train.trainer import WARMUP, default_arguments
 
 PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
 
@@ -65,6 +70,52 @@ def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return batch
 
 
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch go on afterwards as if nothing had been drawn inside."""
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(own)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """What training sets on a model beside its weights returns: modes, `requires_grad`, gradients (to None), forwards
+    under autocast, activation checkpointing and its hook on the embeddings."""
+    learning = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    checkpointed = [
+        (module, {name: module.__dict__[name] for name in names if name in module.__dict__})
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
+    asked = getattr(model, "_require_grads_hooks", None)
+    forward = model.__dict__.get("forward")
+    with flags_kept(model):
+        try:
+            yield
+        finally:
+            extract_model_from_parallel(model, keep_fp32_wrapper=False)
+            if forward is None:
+                model.__dict__.pop("forward", None)
+            if not asked:
+                model.disable_input_require_grads()
+            for module, values in checkpointed:
+                for name in names:
+                    module.__dict__.pop(name, None)
+                module.__dict__.update(values)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(learning[name])
+                parameter.grad = None
+
+
 def heal(
     model: Any,
     teacher: nn.Module | str | os.PathLike[str],
@@ -84,7 +135,8 @@ def heal(
 ) -> Any:
     """Trains a small model, in place, on text with the answers of the dense model it came from.
 
-    A short form of `DistillationTrainer`, which has all options. Nothing is written unless `output_dir` is given.
+    A short form of `DistillationTrainer`, which has all options. Nothing is written unless `output_dir` is given, and
+    nothing but the model's weights is changed: modes, global random generators and a given teacher stay as they were.
 
     Args:
         model: a compacted model, or any model without gates.
@@ -93,7 +145,7 @@ def heal(
             `steps` need, drawn at random from longer texts.
         steps: optimizer steps.
         tokenizer: the model's tokenizer; None if the data holds token ids.
-        learning_rate: of AdamW with warm-up and cosine.
+        learning_rate: of AdamW with cosine, and with warm-up where 3 % of the steps are at least one.
         batch_size: sequences per step.
         length: tokens per sequence; None: 512, or the model's context or the text if shorter.
         separator: text between the documents of a text file.
@@ -133,30 +185,33 @@ def heal(
         "learning_rate": learning_rate,
         "per_device_train_batch_size": batch_size,
         "logging_steps": max(1, min(50, steps // 10)),
+        # A warm-up of less than one step would be a first step at rate 0, which for steps=1 is all of them.
+        **({"warmup_steps": 0} if WARMUP * steps < 1 else {}),
         "save_strategy": "no" if output_dir is None else "steps",
         "use_cpu": model.get_input_embeddings().weight.device.type == "cpu",
         **(arguments or {}),
     }
     # The Trainer makes its folder only when it writes into it.
     folder = os.path.join(tempfile.gettempdir(), "ppnet-heal") if output_dir is None else output_dir
-    came = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
-    student = model if lora is None else with_lora(model, lora)
-    try:
-        trainer = DistillationTrainer(
-            model=student,
-            args=default_arguments(folder, **values),
-            train_dataset=Sequences(batches),
-            data_collator=padded,
-            callbacks=list(callbacks),
-            teacher=teacher,
-            distillation=options,
-        )
-        trainer.train()
-    finally:
-        if student is not model:
-            merge_lora(student, model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(came[1][name])
-            parameter.grad = None
-        model.train(came[0])
+    with ExitStack() as kept:
+        kept.enter_context(generators_kept())
+        kept.enter_context(untouched(model))
+        if isinstance(teacher, nn.Module):
+            kept.enter_context(flags_kept(teacher))
+        student = model if lora is None else with_lora(model, lora)
+        try:
+            trainer = DistillationTrainer(
+                model=student,
+                args=default_arguments(folder, **values),
+                train_dataset=Sequences(batches),
+                data_collator=padded,
+                callbacks=list(callbacks),
+                teacher=teacher,
+                distillation=options,
+            )
+            trainer.train()
+        finally:
+            if student is not model:
+                extract_model_from_parallel(student, keep_fp32_wrapper=False)
+                merge_lora(student, model)
     return model

@@ -51,10 +51,10 @@ class MovementCallback(TrainerCallback):
         signed    -sum over steps of lr_t g_{u,t}: movement as Sanh et al. (2020) define it, at unit level
 
     Nothing is added to the model but hooks, which are removed when training ends; weights get the gradients that they
-    would have had. Where training ends in an exception, `close` removes them, and so does the next training; `ppnet.score` and
-    copies of the model do not heed them. Evaluation and generation are not looked at. Works with PEFT adapters, bfloat16, gradient
-    accumulation and activation checkpointing; with several processes the sums are averaged as gradients are. An
-    interrupted run starts its sums anew when it is resumed.
+    would have had. Where training ends in an exception, `close` removes them, and so does the next training;
+    `ppnet.score` and copies of the model do not heed them. Evaluation and generation are not looked at. Works with PEFT
+    adapters, bfloat16, gradient accumulation and activation checkpointing; with several processes the sums are averaged
+    as gradients are. An interrupted run starts its sums anew when it is resumed.
 
         movement = ppnet.train.MovementCallback()
         Trainer(model=model, ..., callbacks=[movement]).train()

@@ -25,6 +25,8 @@ from ppnet.train.data import TextBlocks
 from ppnet.train.objective import distillation_loss, mark_updated, param_groups, shift_labels
 from ppnet.wrap import engine_of
 
+# Share of the steps.
+WARMUP = 0.03
 _DIVERGED_ADVICE = "lower the learning rate, lengthen the warm-up or set max_grad_norm, then resume from it"
 
 
@@ -44,7 +46,7 @@ def default_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> T
         "adam_beta2": 0.95,
         "weight_decay": 0.1,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
+        "warmup_steps": WARMUP,
         "max_grad_norm": 1.0,
         "num_train_epochs": 1,
         "logging_steps": 50,
