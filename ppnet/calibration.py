@@ -6,7 +6,7 @@ There is one tokenising path, `ppnet.train.text_blocks`; this module decides whi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import chain, islice
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ppnet.checks import integer, renamed
 from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of
 from ppnet.evaluate.tokens import adds_bos, looks_like_a_path
@@ -46,8 +47,9 @@ def calibration_batches(
     """Reads calibration data once, into memory (8 bytes per token and tensor).
 
     Text is joined and cut into blocks of `length` tokens. Sequences of ids, and rows of a dataset that has
-    ``input_ids``, stay sequences of their own (cut at `length`), padded on the right. Ready batches are taken as they
-    are, whatever side they are padded on; only their rows are divided into batches of `batch_size`.
+    ``input_ids``, stay sequences of their own (cut at `length`), padded on the right. So do the rows of ready batches:
+    what their mask leaves out at either end is dropped, so that a sequence begins at position 0 however it was padded.
+    Rows with rewards or groups are never cut.
 
     Args:
         model: ids are checked against its vocabulary, `length` against its context.
@@ -58,7 +60,7 @@ def calibration_batches(
         tokenizer: the model's tokenizer; None if the data holds token ids.
         length: most tokens per sequence; None: 512, or what the model's context or a shorter text allows.
         batch_size: most sequences per batch.
-        max_tokens: about as many tokens are used (whole sequences, at least one); None: all.
+        max_tokens: about as many tokens are used (whole sequences, at least one, and whole groups); None: all.
         seed: text has more than `max_tokens` tokens: which blocks are used, drawn from the first 16 x `max_tokens`.
             Sequences, rows and batches are taken in their order.
         column: key of the text in mappings.
@@ -72,43 +74,43 @@ def calibration_batches(
 
     Raises:
         DataError: nothing to read, sequences of fewer than 2 tokens only, ids outside the vocabulary, tensors of
-            different shapes, or data of an unknown type.
+            different shapes, positions that do not count from a sequence's start, rewarded sequences longer than
+            `length`, or data of an unknown type.
     """
     # Here, since `ppnet.train` brings transformers' trainer, and callbacks that build on this module.
     from ppnet.train.data import check_vocabulary, text_blocks
 
-    if length is not None and length < 2:
-        raise DataError(f"length: {length!r} must be >= 2, so that a sequence holds at least one prediction.")
-    if batch_size < 1:
-        raise DataError(f"batch_size: {batch_size!r} must be at least 1.")
-    if max_tokens is not None and max_tokens < 2:
-        raise DataError(f"max_tokens: {max_tokens!r} must be at least 2, or None for all.")
+    if length is not None:
+        integer("length", length, 2, DataError, " (so that a sequence holds a prediction), or None")
+    integer("batch_size", batch_size, 1, DataError)
+    integer("seed", seed, 0, DataError)
+    if max_tokens is not None:
+        integer("max_tokens", max_tokens, 2, DataError, ", or None for all")
     context = context_of(model)
     if length is not None and context is not None and length > context:
         raise DataError(f"length: {length:,} tokens are more than the model's context of {context:,}; give less.")
     most = min(length or DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+    scanned = isinstance(data, Sized)
     data, rows = _rows(data)
     if rows is not None:
         # Sequences given as ids may be as long as the model allows.
-        found = _limited(_sequences(rows, length or context), max_tokens)
+        found = _limited(_sequences(rows, length or context), max_tokens, scanned)
         batches = [b for group in _alike(found) for b in _padded(group, batch_size)]
     else:
         if bos is None:
             bos = getattr(tokenizer, "bos_token_id", None) is not None and adds_bos(tokenizer)
-        blocks = text_blocks(
-            data,
-            tokenizer,
-            2,
-            column=column,
-            separator=separator,
-            bos=bos,
-            max_tokens=None if max_tokens is None else POOL * max_tokens,
-        )
+        most_read = None if max_tokens is None else POOL * max_tokens
+        try:
+            blocks = text_blocks(
+                data, tokenizer, 2, column=column, separator=separator, bos=bos, max_tokens=most_read
+            )  # fmt: skip
+        except DataError as error:
+            raise renamed(error, "data", "source") from error
         batches = _blocks(blocks.ids, most, length is not None, batch_size, max_tokens, seed)
     if not batches:
         raise DataError("data: holds no sequence of at least 2 tokens; give text, a file, token ids or a dataset.")
     for batch in batches:
-        check_vocabulary(batch["input_ids"], model)
+        check_vocabulary(batch["input_ids"], model, "data")
     return batches
 
 
@@ -149,6 +151,8 @@ def _rows(data: Any) -> tuple[Any, Iterable[Any] | None]:
         return [data], None
     if isinstance(data, str | os.PathLike):
         return data, None
+    if isinstance(data, bytes | bytearray):
+        raise DataError(f"data: {bytes(data[:20])!r} are bytes; give text (data.decode()) or a list of token ids.")
     if isinstance(data, Tensor | np.ndarray):
         return data, [{"input_ids": torch.as_tensor(data)}] if data.ndim == 2 else None
     if isinstance(data, Mapping):
@@ -190,9 +194,10 @@ def _sequences(rows: Iterable[Any], longest: int | None) -> Iterator[Batch]:
                         f"data: {name} have shape {tuple(sequence[name].shape)}, input_ids {tuple(ids.shape)}; both "
                         "must be the same."
                     )
+        _check_positions(fields.get("position_ids"), sequence)
         for name in PER_SEQUENCE:
             if fields.get(name) is not None:
-                values = torch.as_tensor(fields[name])
+                values = _numbers(name, fields[name])
                 if values.numel() != (1 if ids.ndim == 1 else len(ids)):
                     raise DataError(f"data: {name} must be one number per sequence, got shape {tuple(values.shape)}.")
                 sequence[name] = values.reshape(()) if ids.ndim == 1 else values.reshape(len(ids))
@@ -213,8 +218,37 @@ def _integers(name: str, values: Any) -> Tensor:
     return tensor.detach().cpu().long()
 
 
+def _numbers(name: str, values: Any) -> Tensor:
+    """``rewards`` as they are, ``groups`` as int64."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"data: {name} must be one number per sequence, got {str(values)[:40]!r} ({error}).") from error
+    if name == "groups":
+        if not bool((tensor == tensor.round()).all()) or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise DataError(
+                f"data: groups must be integers, equal for the completions of one prompt, got {str(values)[:40]}."
+            )
+        tensor = tensor.long()
+    return tensor.detach().cpu()
+
+
+def _check_positions(positions: Any, sequence: Batch) -> None:
+    """Refuses positions that are not what every sequence gets anyway: 0, 1, ... from its first token."""
+    if positions is None:
+        return
+    positions, ids = _integers("position_ids", positions), sequence["input_ids"]
+    mask = sequence.get("attention_mask", torch.ones_like(ids))
+    if positions.shape != ids.shape or bool(((positions - (mask.cumsum(-1) - 1)) * mask).any()):
+        raise DataError(
+            "data: position_ids are not used, and these do not count 0, 1, 2, ... from the first token of every "
+            "sequence; give packed sequences as rows of their own, without position_ids."
+        )
+
+
 def _whole(sequence: Batch, longest: int | None) -> Iterator[Batch]:
-    """One sequence with labels and mask, cut at `longest` tokens; nothing where it predicts nothing."""
+    """One sequence with labels and mask, without masked ends, cut at `longest` tokens; nothing where it predicts
+    nothing."""
     ids = sequence["input_ids"]
     mask = sequence.get("attention_mask")
     labels = sequence.get("labels")
@@ -223,21 +257,45 @@ def _whole(sequence: Batch, longest: int | None) -> Iterator[Batch]:
     if mask is None:
         # Nothing depends on what follows the last label: it is padding, or as good as that.
         mask = (labels != IGNORED).flip(0).cumsum(0).flip(0).clamp(max=1)
-    whole = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    real = mask.nonzero().flatten()
+    if not len(real):
+        return
+    # Absolute positions count from the first token, not from the padding before it.
+    ends = slice(int(real[0]), int(real[-1]) + 1)
+    whole = {"input_ids": ids[ends], "labels": labels[ends], "attention_mask": mask[ends]}
     extra = {name: sequence[name] for name in PER_SEQUENCE if name in sequence}
-    step = len(ids) if longest is None else longest
-    for start in range(0, len(ids), max(step, 1)):
+    size = ends.stop - ends.start
+    step = size if longest is None else longest
+    if extra and size > step:
+        raise DataError(
+            f"data: a sequence with {' and '.join(extra)} has {size:,} tokens, more than the {step:,} that length or "
+            "the model's context allow; completions are not cut: give a larger length, or shorter completions."
+        )
+    for start in range(0, size, step):
         piece = {name: tensor[start : start + step] for name, tensor in whole.items()}
         if (piece["labels"][1:] != IGNORED).any():
             yield {**piece, **extra}
 
 
-def _limited(sequences: Iterator[Batch], max_tokens: int | None) -> Iterator[Batch]:
+def _limited(sequences: Iterator[Batch], max_tokens: int | None, scanned: bool) -> Iterator[Batch]:
+    """Sequences up to `max_tokens`, and then what is left of the groups that have begun.
+
+    Args:
+        scanned: look for it in all of the data; else up to the first new group, since a stream may have no end.
+    """
     total = 0
+    begun: set[int] = set()
     for sequence in sequences:
+        group = int(sequence["groups"]) if "groups" in sequence else None
+        if max_tokens is not None and total >= max_tokens and group not in begun:
+            if scanned and begun:
+                continue
+            return
         yield sequence
         total += int(sequence["attention_mask"].sum())
-        if max_tokens is not None and total >= max_tokens:
+        if group is not None:
+            begun.add(group)
+        elif max_tokens is not None and total >= max_tokens:
             return
 
 

@@ -70,8 +70,10 @@ def test_labels_and_masks_are_kept():
     left = torch.ones_like(ids)
     left[0, :5] = 0
     (batch,) = calibration_batches(MODEL, {"input_ids": ids, "attention_mask": left})
-    assert torch.equal(batch["attention_mask"], left) and torch.equal(batch["input_ids"], ids)
-    assert torch.equal(batch["labels"], ids.masked_fill(left == 0, -100))
+    # padding goes to the right, where no position depends on it
+    assert batch["attention_mask"].tolist() == [[1] * 7 + [0] * 5, [1] * 12]
+    assert torch.equal(batch["input_ids"][0, :7], ids[0, 5:]) and torch.equal(batch["input_ids"][1], ids[1])
+    assert torch.equal(batch["labels"] == -100, batch["attention_mask"] == 0)
     labels = ids.clone()
     labels[:, :4] = -100  # a prompt: no label, but no padding
     labels[1, 9:] = -100
@@ -81,6 +83,42 @@ def test_labels_and_masks_are_kept():
     rated = [{"input_ids": IDS[:5], "rewards": 1.0, "groups": 0}, {"input_ids": IDS[:9], "rewards": 0.0, "groups": 0}]
     (batch,) = calibration_batches(MODEL, rated)
     assert batch["rewards"].tolist() == [1.0, 0.0] and batch["groups"].tolist() == [0, 0]
+
+
+def test_padding_on_the_left_moves_no_position():
+    import ppnet
+
+    model = tiny("gpt2")
+    rows = [IDS[:12] + 3, IDS[20:27] + 3]
+    ids, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, 12 - len(tokens) :], mask[row, 12 - len(tokens) :] = tokens, 1
+    batch = {"input_ids": ids, "attention_mask": mask}
+    for method in ("taylor", "activation"):
+        expected = ppnet.score(model, rows, method)
+        for name, units in ppnet.score(model, batch, method).items():
+            torch.testing.assert_close(units, expected[name])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    assert ppnet.score(model, {**batch, "position_ids": positions}, "activation").tokens == 17
+    with pytest.raises(DataError, match="position_ids are not used"):
+        calibration_batches(model, {**batch, "position_ids": torch.arange(12).expand(2, 12)})
+
+
+def rated(*groups, size=8):
+    return [{"input_ids": IDS[i : i + size], "rewards": float(i % 2), "groups": g} for i, g in enumerate(groups)]
+
+
+def test_completions_stay_whole():
+    for options in ({"length": 6}, {}):
+        size = 8 if options else 65
+        with pytest.raises(DataError, match=f"with rewards and groups has {size} tokens, more than the .* not cut"):
+            calibration_batches(MODEL, rated(0, 0, size=size), **options)
+    (batch,) = calibration_batches(MODEL, rated(0, 0, 0, 1, 1, 1, 2, 2), max_tokens=30)
+    assert batch["groups"].tolist() == [0, 0, 0, 1, 1, 1]
+    (batch,) = calibration_batches(MODEL, iter(rated(0, 0, 1, 1, 2, 2)), max_tokens=20)
+    assert batch["groups"].tolist() == [0, 0, 1, 1]
+    (batch,) = calibration_batches(MODEL, rated(0, 1, 2, 0, 1, 2), max_tokens=10)
+    assert batch["groups"].tolist() == [0, 1, 0, 1]
 
 
 def test_max_tokens_and_seed():
@@ -107,11 +145,20 @@ def test_max_tokens_and_seed():
         (torch.tensor([3]), {}, "1 tokens"),
         ([[3], [4]], {}, "no sequence of at least 2 tokens"),
         (torch.tensor([[3, 200]]), {}, "token id 200 is outside the model's vocabulary of 96"),
-        (IDS, {"length": 1}, "length: 1 must be >= 2"),
+        (IDS, {"length": 1}, "length: must be an integer of at least 2 .*, got 1"),
+        (IDS, {"length": "8"}, "length: must be an integer of at least 2 .*, got '8'"),
         (IDS, {"length": 65}, "more than the model's context of 64"),
         (IDS[:10], {"length": 20}, "fewer than one block of length=20"),
-        (IDS, {"batch_size": 0}, "batch_size: 0"),
-        (IDS, {"max_tokens": 1}, "max_tokens: 1"),
+        (IDS, {"batch_size": 0}, "batch_size: must be an integer of at least 1, got 0"),
+        (IDS, {"batch_size": 2.5}, "batch_size: must be an integer"),
+        (IDS, {"max_tokens": 1}, "max_tokens: must be an integer of at least 2, or None for all, got 1"),
+        (IDS, {"max_tokens": 1e2}, "max_tokens: must be an integer"),
+        (IDS, {"seed": "x"}, "seed: must be an integer"),
+        (b"abc", {}, "data: b'abc' are bytes"),
+        ("missing/file.txt", {}, "^data: 'missing/file.txt' does not exist"),
+        (torch.tensor([[3, 200]]), {}, "^data: token id 200"),
+        ([{"input_ids": IDS[:4], "rewards": 1.0, "groups": "a"}], {}, "groups must be one number"),
+        ([{"input_ids": IDS[:4], "rewards": 1.0, "groups": 0.5}], {}, "groups must be integers"),
         (IDS.float(), {}, "1-D integers"),
         (IDS.float().view(2, -1), {}, "dtype torch.float32"),
         ({"input_ids": IDS[:4], "labels": IDS[:3]}, {}, "labels have shape"),

@@ -121,7 +121,7 @@ def text_blocks(
     return blocks
 
 
-def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
+def check_vocabulary(ids: Tensor, model: nn.Module, name: str = "ids") -> None:
     """Checks that token ids (any integer shape) are rows of the model's input embedding.
 
     Raises:
@@ -133,7 +133,7 @@ def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= size:
         raise DataError(
-            f"ids: token id {low if low < 0 else high} is outside the model's vocabulary of {size} (allowed 0 to "
+            f"{name}: token id {low if low < 0 else high} is outside the model's vocabulary of {size} (allowed 0 to "
             f"{size - 1}): the tokenizer does not match the model; load both from the same checkpoint."
         )
 
