@@ -36,7 +36,12 @@ def number(
     Raises:
         PPNetError (or the given class): not a finite number in [low, high].
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not low <= float(value) <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not math.isfinite(value)
+        or not low <= float(value) <= high
+    ):
         allowed = f">= {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
         raise error(f"{name}: must be a finite number {allowed}{hint}, got {value!r}.")
     return float(value)

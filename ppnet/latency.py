@@ -6,12 +6,14 @@ removed takes the rest of a measured step of the whole model. Weights take turns
 from memory as in a whole model and not from the cache. The machine should be idle.
 
 The table is kept in memory and in `CACHE` (``~/.cache/ppnet/latency.json``), by device, number of threads, dtype, torch
-version and shape (of torch's products, also for an accelerated model); delete that file to measure anew.
+version and shape; delete that file to measure anew. The products are torch's, also for an accelerated model; the step
+is the model's own, accelerated or not.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -32,9 +34,17 @@ from ppnet.files import write_atomic
 from ppnet.metrics import meter
 from ppnet.modes import evaluating
 from ppnet.units import Site, Structure, leaf_module
-from ppnet.wrap import engine_of, is_wrapped
+from ppnet.wrap import engine_of, is_accelerated, is_wrapped
 
-CACHE = Path.home() / ".cache" / "ppnet" / "latency.json"
+
+def _default_cache() -> Path | None:
+    try:
+        return Path.home() / ".cache" / "ppnet" / "latency.json"
+    except RuntimeError:  # no home: the table lives as long as the process
+        return None
+
+
+CACHE = _default_cache()
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
 ROUNDS = 15
 LEAST_SECONDS = 5e-4
@@ -43,6 +53,8 @@ FOOTPRINT = 2**27
 MOST_COPIES = 64
 
 _TABLE: dict[str, float] = {}
+# Files that held the table: where one is gone, somebody wants to measure anew.
+_ON_DISK: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,8 @@ def _step_shape(model: nn.Module, structure: Structure) -> str:
     dense = "+".join(f"{site.kind}{site.units}" for site in structure.sites if site.layer == 0)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     dtype = next(model.parameters()).dtype
-    return f"{type(model).__name__}/{structure.layers}/{structure.width}/{dense}/{parameters}/{dtype}"
+    way = "/accelerated" if is_accelerated(model) else ""
+    return f"{type(model).__name__}{way}/{structure.layers}/{structure.width}/{dense}/{parameters}/{dtype}"
 
 
 def _products(model: nn.Module, site: Site, widths: Sequence[int]) -> list[Callable[[], Any]]:
@@ -155,10 +168,13 @@ def _product(model: nn.Module, site: Site, width: int) -> Callable[[], Any]:
     like = leaf_module(model, site.consumer).weight
     size = sum(out * into for out, into in shapes) * like.element_size()
     copies = min(MOST_COPIES, max(1, -(-FOOTPRINT // size)))
-    weights: list[list[Tensor]] = [
-        [torch.randn(shape, dtype=like.dtype, device=like.device) for shape in shapes] for _ in range(copies)
-    ]
-    inputs = [torch.randn((1, into), dtype=like.dtype, device=like.device) for _, into in shapes]
+    own = torch.Generator(like.device).manual_seed(0)  # the global one is the user's
+
+    def drawn(shape: tuple[int, int]) -> Tensor:
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=own)
+
+    weights: list[list[Tensor]] = [[drawn(shape) for shape in shapes] for _ in range(copies)]
+    inputs = [drawn((1, into)) for _, into in shapes]
     turn = 0
 
     def run() -> None:
@@ -222,20 +238,32 @@ def _timed(key: str, table: dict[str, float], runs: Callable[[], Sequence[Callab
 
 
 def _read() -> dict[str, float]:
-    """The table in memory, with what the file holds beside it. A file that cannot be read counts as empty."""
+    """The table in memory, with what the file holds beside it. What cannot be read counts as absent."""
+    if CACHE is None:
+        return _TABLE
     try:
         stored = json.loads(CACHE.read_text())
         entries = {str(key): float(value) for key, value in stored.items()}
+        _ON_DISK.add(CACHE)
+    except FileNotFoundError:
+        entries = {}
+        if CACHE in _ON_DISK:
+            _ON_DISK.discard(CACHE)
+            _TABLE.clear()
     except (OSError, ValueError, TypeError, AttributeError):
         entries = {}
     for key, value in entries.items():
-        _TABLE.setdefault(key, value)
+        if math.isfinite(value) and value > 0:
+            _TABLE.setdefault(key, value)
     return _TABLE
 
 
 def _store(entries: dict[str, float], table: dict[str, float]) -> None:
     table.update(entries)
+    if CACHE is None:
+        return
     try:
         write_atomic(CACHE, json.dumps(table, indent=0))
-    except OSError:  # a home that cannot be written to: the table lives as long as the process
+        _ON_DISK.add(CACHE)
+    except OSError:  # a home that cannot be written to
         return

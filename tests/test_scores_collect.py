@@ -179,6 +179,7 @@ def test_other_losses():
         return -log_p.gather(-1, batch["input_ids"][:, 1:, None]).sum((1, 2))
 
     own, default = score(model, IDS, "taylor", loss=nll), score(model, IDS, "taylor")
+    assert own.tokens == default.tokens == 4 * 11
     close({"t": default}, {"t": {name: units * 4 / 44 for name, units in own.items()}})
     base = model.model  # without a head: no logits
     with pytest.raises(PPNetError, match="returns no logits"):

@@ -73,7 +73,10 @@ def by_hand(trainer, model, verified):
             groups.setdefault(int(inputs["ppnet_group"][row]), []).append(
                 (float(inputs["advantages"][row]), s.double())
             )
-    assert all(len(rows) == 4 for rows in groups.values())
+    # with num_iterations=2 every completion comes twice; the rate is 0, so that both say the same
+    times = trainer.num_iterations
+    assert all(len(rows) == 4 * times for rows in groups.values())
+    groups = {group: [(a / times, s) for a, s in rows] for group, rows in groups.items()}
     sums = [sum(a * s for a, s in groups[group]) for group in verified]
     units = [site.units for site in structure.sites]
     return [(sum(values) / len(verified)).split(units) for values in ([v.abs() for v in sums], sums)]
@@ -91,6 +94,7 @@ SETTINGS = {
     "dr_grpo": {"loss_type": "dr_grpo", "activation_checkpointing": True},
     "kl": {"beta": 0.5, "score_every": 1},
     "iterations": {"loss_type": "bnpo", "steps_per_generation": 4, "gradient_accumulation_steps": 2, "score_every": 1},
+    "twice": {"num_iterations": 2, "score_every": 1},
     "sequence": {"importance_sampling_level": "sequence", "score_every": 1, "max_grad_norm": 1e-6},
 }
 
@@ -116,7 +120,15 @@ def test_reward_movement_by_hand(tmp_path, setting, monkeypatch):
         torch.testing.assert_close(found, one, rtol=2e-3, atol=2e-4 * scale, msg=name)
         torch.testing.assert_close(found_signed, other, rtol=2e-3, atol=2e-4 * scale, msg=name)
     scores = trainer.reward_scores()
-    assert scores.method == "reward" and scores.tokens > 0
+    tokens = {}
+    for inputs in trainer.seen:
+        for group, ids, mask in zip(inputs["ppnet_group"], inputs["completion_ids"], inputs["completion_mask"],
+                                    strict=True):  # fmt: skip
+            if int(group) in verified:
+                tokens.setdefault(int(group), []).append((ids.tolist(), int(mask.sum())))
+    assert trainer._sums[0].groups == len(verified)
+    counted = sum(count for rows in tokens.values() for _, count in rows) // trainer.num_iterations
+    assert scores.method == "reward" and scores.tokens == counted > 0
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
@@ -148,6 +160,10 @@ def test_training_is_not_changed(tmp_path):
 def test_it_says_what_is_missing(tmp_path):
     with pytest.raises(PPNetError, match="score_every: 0 must be"):
         trained(tmp_path, score_every=0)
+    reentrant = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(TrainingError, match=r"use_reentrant=True refuses .* set .*'use_reentrant': False"):
+        trained(tmp_path, importance_sampling_level="sequence", **reentrant)
+    trained(tmp_path, steps=1, **reentrant)
     trainer = trained(tmp_path, steps=1, reward_threshold=9.0)
     with pytest.raises(TrainingError, match=r"no verified group of completions .* reward_threshold=9\.0"):
         trainer.reward_scores()

@@ -73,7 +73,7 @@ def test_accumulated_movement_by_hand(tmp_path, checkpointing):
         torch.testing.assert_close(absolute[name], size, rtol=1e-6, atol=1e-12)
         # the Trainer takes log-probabilities in float32
         torch.testing.assert_close(signed[name], moved, rtol=1e-5, atol=1e-5 * float(moved.abs().max()))
-    assert absolute.method == "movement" and absolute.tokens == 8 * 10 and absolute.options == {"form": "absolute"}
+    assert absolute.method == "movement" and absolute.tokens == 8 * 9 and absolute.options == {"form": "absolute"}
     assert all(not module._forward_pre_hooks for module in model.modules())
     made = ppnet.plan(model, 0.6, scores=absolute)
     assert made.source == "movement"
@@ -137,6 +137,21 @@ def test_it_refuses_what_it_cannot_do(tmp_path):
         movement.scores("both")
 
 
+def test_tokens_are_predicted_ones_and_scores_are_copies(tmp_path):
+    rows = [{"input_ids": row, "labels": row.masked_fill(torch.arange(10) < 4, -100)} for row in ROWS]
+    movement = MovementCallback()
+    arguments = default_arguments(tmp_path, use_cpu=True, save_strategy="no", max_steps=2,
+                                  per_device_train_batch_size=2)  # fmt: skip
+    Trainer(model=tiny("gpt2"), args=arguments, train_dataset=rows, data_collator=default_data_collator,
+            callbacks=[movement]).train()  # fmt: skip
+    scores = movement.scores()
+    assert scores.tokens == 2 * 2 * 6
+    kept = {name: units.clone() for name, units in scores.items()}
+    for total in movement._absolute:
+        total.add_(1)
+    assert all(torch.equal(units, kept[name]) for name, units in scores.items())
+
+
 class Interrupt(TrainerCallback):
     """Ends the training within its second step, as Ctrl-C does."""
 
@@ -164,7 +179,7 @@ def hooks(model):
 def test_an_interrupted_training_leaves_nothing_that_acts(tmp_path):
     model = tiny("llama")
     movement, _trainer = interrupted(tmp_path, model)
-    seen = movement.positions
+    seen = movement.tokens
     sums = {name: units.clone() for name, units in movement.scores().items()}
     clean = copy.deepcopy(model)
     assert all(getattr(hook, "probe", None) is None for hook in hooks(clean))
@@ -176,7 +191,7 @@ def test_an_interrupted_training_leaves_nothing_that_acts(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     loaded(input_ids=ROWS, labels=ROWS).loss.backward()
-    assert movement.positions == seen
+    assert movement.tokens == seen
     assert all(torch.equal(units, sums[name]) for name, units in movement.scores().items())
     # the next training removes the hooks of the one before, but not those of its own other callbacks
     both = [MovementCallback(), MovementCallback()]
@@ -184,11 +199,11 @@ def test_an_interrupted_training_leaves_nothing_that_acts(tmp_path):
     Trainer(
         model=model, args=arguments, train_dataset=DATA, data_collator=default_data_collator, callbacks=both
     ).train()
-    assert both[0].positions == both[1].positions > 0 and movement.positions == seen and not hooks(model)
+    assert both[0].tokens == both[1].tokens > 0 and movement.tokens == seen and not hooks(model)
     other = tiny("llama")
     movement, _trainer = interrupted(tmp_path, other)
     movement.close()
-    assert not hooks(other) and movement.positions == seen
+    assert not hooks(other) and movement.tokens == seen
 
 
 def _process(rank, folder, port):
@@ -216,4 +231,4 @@ def test_two_processes_average(tmp_path):
     # the same four sequences, whose loss is the mean over all of them either way
     for name, units in alone.scores().items():
         torch.testing.assert_close(together[name], units, rtol=1e-6, atol=1e-12)
-    assert together.tokens == 40
+    assert together.tokens == 36

@@ -238,6 +238,34 @@ def test_latency_is_measured_once_and_met(clock, monkeypatch):
     assert len(clock) == 6 and json.loads(latency.CACHE.read_text())
 
 
+def test_the_table_of_latencies(clock, monkeypatch):
+    model = tiny("llama")
+    torch.manual_seed(4)
+    expected = float(torch.rand(()))
+    torch.manual_seed(4)
+    ppnet.plan(model, 1.0, metric="latency")
+    assert float(torch.rand(())) == expected and len(clock) == 3
+    ppnet.plan(model, 1.0, metric="latency")
+    assert len(clock) == 3
+    latency.CACHE.unlink()  # to measure anew
+    ppnet.plan(model, 1.0, metric="latency")
+    assert len(clock) == 6
+    stored = json.loads(latency.CACHE.read_text())
+    for wrong in (float("nan"), -1.0, float("inf"), 0.0):
+        latency.CACHE.write_text(json.dumps(dict.fromkeys(stored, wrong)))
+        latency._TABLE.clear()
+        assert 0 < ppnet.plan(model, 1.0, metric="latency").dense < float("inf")
+    measured = len(clock)
+    ppnet.accelerate(model)
+    ppnet.plan(model, 1.0, metric="latency")
+    assert len(clock) == measured + 1  # of other operators: a step of its own
+    monkeypatch.setattr(latency, "CACHE", None)
+    latency._TABLE.clear()
+    assert ppnet.plan(model, 1.0, metric="latency").dense > 0
+    monkeypatch.setattr(latency.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert latency._default_cache() is None
+
+
 def test_latency_of_gates(clock):
     model = ppnet.wrap(tiny("llama", **WIDE))
     made = ppnet.plan(model, 0.6, metric="latency", of="gated")

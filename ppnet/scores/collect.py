@@ -97,7 +97,7 @@ class Collector:
         self._tokens: Tensor | None = None
         self._rated: Ratings | None = None
         self._index: list[Tensor] = []
-        self.tokens = self.sequences = 0
+        self.tokens = self.sequences = self.predicted = 0
 
     def run(self, batches: Sequence[Batch], *, threshold: float | None = None, progress: bool = True) -> None:
         """Runs the model over the batches. With gradients: one forward and one backward pass, and with FISHER one more
@@ -178,7 +178,8 @@ class Collector:
         if mask is not None:  # what follows padding on the left is predicted by nothing
             labels = labels.masked_fill(mask == 0, IGNORED)
         self._tokens = (labels != IGNORED).sum(1)
-        self.tokens += int(self._tokens.sum()) if self.loss is None else len(labels)
+        self.predicted += int(self._tokens.sum())
+        self.tokens = self.predicted if self.loss is None else self.sequences + len(labels)
         self.sequences += len(labels)
         if not backward:
             return

@@ -38,7 +38,7 @@ class Scores(Mapping[str, Tensor]):
         options: Mapping[str, Any] | None = None,
         tokens: int = 0,
     ) -> None:
-        self._units = {name: torch.as_tensor(value).detach().double().cpu() for name, value in units.items()}
+        self._units = {name: torch.as_tensor(value).detach().double().cpu().clone() for name, value in units.items()}
         self.method, self.model_type, self.tokens = method, model_type, tokens
         self.options = {name: _sayable(value) for name, value in (options or {}).items()}
 

@@ -131,7 +131,7 @@ def score_methods(
                 method=scorer.name,
                 model_type=structure.model_type,
                 options=options,
-                tokens=collector.tokens if scorer.needs(options) else 0,
+                tokens=collector.predicted if scorer.needs(options) else 0,
             )
     _check_finite(made)
     return made

@@ -57,6 +57,13 @@ class RewardMovementMixin:
         self.reward_threshold = reward_threshold
         self._free = _is_free(trainer)
         self.score_every = score_every or (1 if self._free else 4)
+        given: Any = trainer.args.activation_checkpointing_kwargs or {}
+        if not self._free and trainer.args.activation_checkpointing and given.get("use_reentrant"):
+            raise TrainingError(
+                "activation_checkpointing_kwargs: use_reentrant=True refuses the backward pass of its own that reward "
+                "movement has with these settings (KL term, iterations, corrections: see the class); set "
+                "activation_checkpointing_kwargs={'use_reentrant': False}."
+            )
         local = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
         if local % trainer.num_generations:
             raise TrainingError(
@@ -68,7 +75,8 @@ class RewardMovementMixin:
         device = next(host.parameters()).device
         self._sums = [RewardGradients(site.units, device) for site in self._structure.sites]
         self._site_index = SiteIndices(self._structure.sites)
-        self._generations = self._groups_given = self._completions = 0
+        self._generations = self._groups_given = self._tokens = 0
+        self._seen: dict[int, int] = {}
         self._rewards: Tensor | None = None
         self._logps: Tensor | None = None
         self._rated: Ratings | None = None
@@ -112,6 +120,7 @@ class RewardMovementMixin:
         output[GROUP] = numbers.repeat_interleave(size)
         self._groups_given += len(groups)
         self._generations += 1
+        self._seen.clear()
         return output
 
     # ---- gradients ---------------------------------------------------------------------------------------------------
@@ -131,8 +140,19 @@ class RewardMovementMixin:
             self._logps = result[0]
         return result
 
+    def _unfinished(self, groups: Tensor) -> Tensor:
+        """Which completions belong to a group that has not been scored: with ``num_iterations`` above 1 every
+        generation comes again. Counts those that it lets through."""
+        size = self.num_generations  # type: ignore[attr-defined]
+        fresh = [self._seen.get(group, 0) < size for group in groups.tolist()]
+        for group, counts in zip(groups.tolist(), fresh, strict=True):
+            self._seen[group] = self._seen.get(group, 0) + counts
+        return torch.tensor(fresh, device=groups.device)
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         verified = inputs.get(VERIFIED)
+        if self._probe is not None and verified is not None and torch.is_grad_enabled():
+            verified = verified & self._unfinished(inputs[GROUP])
         if self._probe is None or verified is None or not torch.is_grad_enabled() or not bool(verified.any()):
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
         trainer: Any = self
@@ -147,6 +167,7 @@ class RewardMovementMixin:
         self._probe.active = True
         loss = super()._compute_loss(model, inputs)  # type: ignore[misc]
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        self._tokens += int(mask[verified].sum())
         if self._logps is None:
             raise TrainingError(
                 f"trainer: {type(self).__name__} did not compute its loss from _get_per_token_logps_and_entropies; "
@@ -175,8 +196,6 @@ class RewardMovementMixin:
             return
         gradients, _ = gate_gradients(self._site_index(number, x.device), x, dx)
         self._sums[number].add(gradients.double() * self._factor.to(gradients.device)[:, None], self._rated)
-        if number == 0:
-            self._completions += len(gradients)
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -188,10 +207,11 @@ class RewardMovementMixin:
             TrainingError: no verified group of completions is complete.
         """
         names = ("signed", "absolute", "positive", "negative")
-        groups = torch.tensor([float(self._sums[0].groups)])
+        groups = torch.tensor([self._sums[0].groups, self._tokens], dtype=torch.float64)
         mine = [getattr(site, name) for site in self._sums for name in names]
-        *sums, seen = all_reduced([*mine, groups.to(mine[0].device)])
-        if not float(seen):
+        *sums, counts = all_reduced([*mine, groups.to(mine[0].device)])
+        seen, tokens = counts.tolist()
+        if not seen:
             raise TrainingError(
                 "rewards: no verified group of completions was seen: within every group all rewards were equal, or the "
                 f"best was below reward_threshold={self.reward_threshold}; train longer, or give graded rewards."
@@ -199,13 +219,13 @@ class RewardMovementMixin:
         units = {}
         for number, site in enumerate(self._structure.sites):
             found = dict(zip(names, sums[number * len(names) : (number + 1) * len(names)], strict=True))
-            units[site.name] = from_sums(found, float(seen), form, kappa)
+            units[site.name] = from_sums(found, seen, form, kappa)
         return Scores(
             units,
             method="reward",
             model_type=self._structure.model_type,
             options={"form": form},
-            tokens=self._completions,
+            tokens=int(tokens),
         )
 
 

@@ -67,7 +67,7 @@ class MovementCallback(TrainerCallback):
         self._absolute: list[Tensor] = []
         self._signed: list[Tensor] = []
         self._step: list[Tensor] = []
-        self.positions = 0
+        self.tokens = 0
 
     # ---- what the Trainer calls --------------------------------------------------------------------------------------
 
@@ -91,7 +91,8 @@ class MovementCallback(TrainerCallback):
             [accumulator(site.units, device) for site in sites] for _ in range(3)
         )
         self._index = SiteIndices(sites)
-        self.positions = 0
+        self._last = max(number for number, site in enumerate(sites) if site.layer == sites[-1].layer)
+        self.tokens = 0
         self._probe = Probe(host, sites, sink=self._sink, run=state)
         self._probe.active = False
 
@@ -114,9 +115,10 @@ class MovementCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove()
         processes = max(args.world_size, 1)
-        reduced = all_reduced([*self._absolute, *self._signed, torch.tensor([float(self.positions)])])
+        tokens = torch.tensor([float(self.tokens)], device=self._absolute[0].device)
+        reduced = all_reduced([*self._absolute, *self._signed, tokens])
         if processes > 1:
-            self.positions = int(reduced[-1])
+            self.tokens = int(reduced[-1])
             sums = [tensor / processes for tensor in reduced[:-1]]
             self._absolute, self._signed = sums[: len(self._absolute)], sums[len(self._absolute) :]
 
@@ -135,8 +137,9 @@ class MovementCallback(TrainerCallback):
         absolute, step = self._absolute[number], self._step[number]
         absolute += gradients.abs().sum(0).to(absolute)
         step += gradients.sum(0).to(step)
-        if number == 0:
-            self.positions += x[..., 0].numel()
+        if number == self._last:
+            # The last sub-layer's output reaches the loss only through what its own position predicts.
+            self.tokens += int(dx.any(-1).sum())
 
     # ---- results -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class MovementCallback(TrainerCallback):
             TrainingError: nothing was trained.
         """
         choose("form", form, ("absolute", "signed"))
-        if self._structure is None or not self.positions:
+        if self._structure is None or not self.tokens:
             raise TrainingError("callback: no training step has run; pass it to a Trainer and train first.")
         sums = self._absolute if form == "absolute" else self._signed
         return Scores(
@@ -159,5 +162,5 @@ class MovementCallback(TrainerCallback):
             method="movement",
             model_type=self._structure.model_type,
             options={"form": form},
-            tokens=self.positions,
+            tokens=self.tokens,
         )
