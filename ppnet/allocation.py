@@ -125,9 +125,17 @@ def score_keys(scores: Mapping[str, Any], structure: Structure) -> list[Tensor]:
     for site in structure.sites:
         if site.name not in scores:
             raise PlanError(f"scores: no entry for site {site.name!r}; give one score per unit of every site.")
-        key = torch.as_tensor(scores[site.name]).detach().double().cpu().flatten()
+        try:
+            key = torch.as_tensor(scores[site.name]).detach().double().cpu().flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PlanError(f"scores: {site.name!r} must hold {site.units} numbers ({error}).") from error
         if key.numel() != site.units or not torch.isfinite(key).all():
-            raise PlanError(f"scores: {site.name!r} needs {site.units} finite scores, got {key.numel()} values.")
+            wrong = int((~torch.isfinite(key)).sum())
+            odd = f", {wrong} of them NaN or infinite" if wrong else ""
+            raise PlanError(
+                f"scores: {site.name!r} needs {site.units} finite scores, got {key.numel()} values{odd}; score this "
+                "model with ppnet.score(model, data)."
+            )
         keys.append(key)
     return keys
 

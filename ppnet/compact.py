@@ -43,6 +43,7 @@ def compact(
     metric: str = "params",
     redistribute: Any = None,
     tokenizer: Any = None,
+    column: str = "text",
     redistribution: str | None = None,
     ridge: float = RIDGE,
     sequential: bool = True,
@@ -67,6 +68,7 @@ def compact(
         redistribute: calibration data: text, files, token ids, a dataset or batches (`ppnet.calibration_batches`, whose
             result may be given, too); None: nothing is redistributed.
         tokenizer: the model's tokenizer, where `redistribute` is text.
+        column: key of the text in the rows of `redistribute`, where that is a dataset.
         redistribution: ``least_squares`` (the default), ``nearest``, ``mean`` or ``none``.
         ridge: of the least squares, as a share of the mean squared feature.
         sequential: refit layer after layer on what the small model itself computes; False: all on the dense model's
@@ -88,7 +90,7 @@ def compact(
         plan = _plan(model, size_or_plan, metric, plan_kwargs)
         structure = planned_structure(model, plan)
         scales = _scales(model, structure, plan)
-        batches = None if method == "none" else _batches(model, redistribute, tokenizer)
+        batches = None if method == "none" else _batches(model, redistribute, tokenizer, column)
         small = _copy_kept(model, structure, plan, scales)
         _fit_config(small, structure, plan)
         if batches is not None:
@@ -103,11 +105,11 @@ def compact(
     return small
 
 
-def _batches(model: nn.Module, data: Any, tokenizer: Any) -> Any:
+def _batches(model: nn.Module, data: Any, tokenizer: Any, column: str) -> Any:
     # Imported here: it brings transformers' trainer along.
     from ppnet.calibration import calibration_batches
 
-    return calibration_batches(model, data, tokenizer)
+    return calibration_batches(model, data, tokenizer, column=column)
 
 
 def _method(redistribute: Any, redistribution: str | None, ridge: float) -> str:

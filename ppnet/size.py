@@ -7,6 +7,7 @@ magnitude; `ppnet.allocation` fills it up to the unit, and `ppnet.metrics` says 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 
 from ppnet.allocation import allocated, check_allocation, fill_to, finite, least_units, multiples_of, score_keys
 from ppnet.cost import Cost, CostModel, cost_model
-from ppnet.errors import PPNetError, SizeError
-from ppnet.gates.importance import norm_product
+from ppnet.errors import PlanError, PPNetError, SizeError
 from ppnet.gates.puppet import Puppet
 from ppnet.gates.solve import bracket
 from ppnet.metrics import Meter, count, dense, get_meter, total
@@ -73,9 +73,28 @@ def _gate_keys(puppet: Puppet) -> list[Tensor]:
 
 
 def _magnitude_keys(model: nn.Module, structure: Structure) -> list[Tensor]:
+    from ppnet.scores.magnitude import magnitudes
+
     with torch.no_grad():
-        keys = [norm_product(model, site).double().cpu() for site in structure.sites]
-    return finite(keys, structure, "weights")
+        return finite(magnitudes(model, structure), structure, "weights")
+
+
+def _given_scores(scores: Any) -> Mapping[str, Any]:
+    """Scores, or those of a file's name.
+
+    Raises:
+        PlanError: something else. CheckpointError: not a file of scores.
+    """
+    if isinstance(scores, str | os.PathLike):
+        from ppnet.scores import Scores
+
+        return Scores.load(scores)
+    if not isinstance(scores, Mapping):
+        raise PlanError(
+            f"scores: a {type(scores).__name__}; give ppnet.Scores, the name of a file of them, or a mapping of site "
+            "name -> one score per unit."
+        )
+    return scores
 
 
 def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
@@ -97,7 +116,7 @@ def plan(
     *,
     metric: str = "params",
     of: str = "model",
-    scores: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     allocation: str = "uniform",
     normalise: str = "none",
     floor: float | Mapping[str, float] | None = None,
@@ -107,15 +126,16 @@ def plan(
 
     Args:
         model: wrapped (its gates rank the units) or never wrapped (magnitude ranks them: the product of a unit's input
-            and output norms).
+            and output norms, as ``ppnet.score(model, method="magnitude")``).
         size: a number <= 1 is a fraction of dense, a larger one absolute, in units of `metric`.
         metric: ``"params"``, ``"flops"`` (per token, `ppnet.cost`), ``"bytes"`` of the weights, or ``"latency"``:
             microseconds of one decoding step, measured on the model's device (`ppnet.latency`).
         of: a fraction of the whole ``"model"``, or of the ``"gated"`` units alone.
-        scores: `ppnet.Scores`, or any mapping of site name -> one score per unit, higher stays; overrides gates and
-            magnitude.
-        allocation: for scores and magnitude: ``"uniform"`` keeps the same fraction of every site, ``"global"`` compares
-            scores across sites, ``"cost"`` compares scores per what a unit costs in `metric` (the knapsack).
+        scores: `ppnet.Scores`, the name of a file of them, or any mapping of site name -> one score per unit, higher
+            stays; overrides gates and magnitude.
+        allocation: for scores and magnitude, not for gates: ``"uniform"`` keeps the same fraction of every site,
+            ``"global"`` compares scores across sites, ``"cost"`` compares scores per what a unit costs in `metric` (the
+            knapsack).
         normalise: for ``"global"`` and ``"cost"``: ``"kind"`` divides scores by their mean over all units of a kind,
             ``"site"`` by that of the site, so that scores of another scale can be compared; ``"none"``.
         floor: fraction of the units of every site that stays in any case, for all or by kind, e.g.
@@ -136,12 +156,18 @@ def plan(
     check_allocation(allocation, normalise)
     structure = structure_for(model)
     gated = is_wrapped(model) and scores is None
+    if gated and allocation != "uniform":
+        raise PlanError(
+            f"allocation: {allocation!r} is for scores, and this model's gates rank the units of all layers by "
+            "themselves; leave it out (normalise, too), or give scores=..."
+        )
     costs = cost_model(model, structure)
     if gated:
         keys, source = _gate_keys(engine_of(model).puppet), "gates"
     elif scores is None:
         keys, source = _magnitude_keys(model, structure), "magnitude"
     else:
+        scores = _given_scores(scores)
         keys, source = score_keys(scores, structure), str(getattr(scores, "method", "scores"))
     multiples = multiples_of(multiple_of, structure)
     least = least_units(floor, structure, multiples)

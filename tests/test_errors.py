@@ -219,7 +219,7 @@ def test_sizes_that_cannot_be_met(build, call):
         ({"scores": "stranger"}, PlanError, r"scores: \['layers\.9\.neuron'\] are no sites of this model"),
         ({"scores": {}}, PlanError, r"scores: no entry for site 'layers\.0\.kv_group'; give one score per unit"),
         ({"scores": "short"}, PlanError, r"scores: 'layers\.2\.neuron' needs 44 finite scores, got 43 values"),
-        ({"scores": "nan"}, PlanError, r"scores: 'layers\.2\.neuron' needs 44 finite scores"),
+        ({"scores": "nan"}, PlanError, r"scores: .* needs 44 finite scores, got 44 values, 44 of"),
     ],
 )
 def test_options_of_sizes(build, call, options, error, message):

@@ -330,6 +330,21 @@ def test_errors_of_heal() -> None:
         ppnet.heal(student, teacher, ids, steps=1, batch_size=1.5)
     with pytest.raises(PPNetError, match=r"warmup: heal\(\) knows no such option; those of the loss are weight, temp"):
         ppnet.heal(student, teacher, ids, steps=1, warmup=3)
+    for options, message in (
+        ({"temperature": "2"}, "temperature: '2' must be a finite number"),
+        ({"hidden_layers": 1}, r"hidden_layers: 1 must be a tuple of layer indices"),
+        ({"arguments": {"lr": 1}}, r"arguments: \['lr'\] are no transformers.TrainingArguments"),
+        ({"arguments": 3}, "arguments: must map names"),
+        ({"learning_rate": -1.0}, "learning_rate: must be a finite number >= 0, got -1.0"),
+        ({"learning_rate": "a"}, "learning_rate: must be a finite number"),
+        ({"length": "8"}, "length: must be an integer of at least 2, got '8'"),
+    ):
+        with pytest.raises(PPNetError, match=message):
+            ppnet.heal(student, teacher, ids, **{"steps": 1, **options})
+    with pytest.raises(CheckpointError, match=r"^teacher: nowhere is not a folder"):
+        ppnet.heal(student, "nowhere", ids, steps=1)
+    with pytest.raises(DataError, match=r"column: 'text' .*\['story'\].*column="):
+        ppnet.heal(student, teacher, [{"story": "a b"}], steps=1)
     with pytest.raises(DataError, match="tokenizer: None"):
         ppnet.heal(student, teacher, "once upon a time", steps=1)
 

@@ -58,6 +58,51 @@ def test_score_then_resize_then_compact(capsys, folder):
     assert code == 0 and "magnitude, 0 tokens" in out and "layers.2.kv_group" in out, err
 
 
+def test_columns_floors_and_given_scores(capsys, folder):
+    model, scores, rows = folder / "model", folder / "scores.safetensors", folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"story": TEXT}) + "\n" for _ in range(2)))
+    base = ("score", model, "--data", rows, "--out", scores, "--device", "cpu", "--length", 20)
+    code, out, err = run(capsys, *base)
+    assert code == 1 and "column: 'text'" in err and "--column" in err
+    code, out, err = run(capsys, *base, "--column", "story", "--method", "taylor")
+    assert code == 0, err
+    mama = (*base[:4], "--out", folder / "mama.safetensors", "--column", "story", "--set", 'weights={"kl": 0}')
+    code, out, err = run(capsys, *mama, "--set", f"sft={scores}")
+    assert code == 0, err
+    code, out, err = run(capsys, *mama, "--force", "--set", "sft=no.safetensors")
+    assert code == 1 and err.startswith("error: sft: cannot read no.safetensors"), err
+    sized = (
+        "--size",
+        0.7,
+        "--scores",
+        scores,
+        "--allocation",
+        "global",
+        "--normalise",
+        "kind",
+        "--floor",
+        "kv_group=0.75",
+    )
+    code, out, err = run(capsys, "resize", model, *sized, "--json")
+    kept = json.loads(out)["kept"]
+    assert code == 0 and min(count for name, count in kept.items() if "kv_group" in name) >= 3, err
+    small = folder / "small"
+    code, out, err = run(capsys, "compact", model, *sized, "--redistribute", rows, "--column", "story", "--ridge", 0.5,
+                         "--out", small, "--json")  # fmt: skip
+    result = json.loads(out)
+    assert code == 0 and result["kept"] == kept and result["redistribution"]["ridge"] == 0.5, err
+    code, out, err = run(capsys, "heal", small, "--teacher", model, "--data", rows, "--column", "story", "--steps", 1,
+                         "--length", 20, "--device", "cpu", "--out", folder / "healed")  # fmt: skip
+    assert code == 0, err
+    for extra, message in (
+        (("--floor", "much"), "floor: 'much' must be a fraction"),
+        (("--floor", "0.1", "--floor", "neuron=0.2"), "names a fraction for all kinds beside others"),
+        (("--ridge", 0.5), "ridge: 0.5 has a meaning only with --redistribute"),
+    ):
+        code, out, err = run(capsys, "compact", model, "--size", 0.7, *extra, "--out", folder / "other")
+        assert code == 1 and message in err, err
+
+
 def test_wrong_requests(capsys, folder):
     model, scores, text = folder / "model", folder / "scores.safetensors", folder / "text.txt"
     for arguments, message in (

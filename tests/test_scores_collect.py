@@ -8,7 +8,7 @@ from helpers import MODEL_TYPES, tiny, token_ids
 from scoring import DATA_METHODS, IDS, REWARDED, options_of
 
 import ppnet
-from ppnet.errors import DataError, PPNetError, UnsupportedModelError
+from ppnet.errors import CheckpointError, DataError, PPNetError, UnsupportedModelError
 from ppnet.families import structure_of
 from ppnet.scores import score, score_methods
 
@@ -206,7 +206,25 @@ def test_other_losses():
         (REWARDED, "reward", {"threshold": 2.0}, DataError, r"threshold \(2.0\)"),
         ({**REWARDED, "rewards": [1.0, float("nan"), 0, 0]}, "reward", {}, DataError, "rewards hold NaN"),
         (IDS, "mama", {"weights": {"sfd": 1}}, PPNetError, r"weights: \['sfd'\] are no indicators"),
-        (IDS, "mama", {"weights": {"sft": -1}}, PPNetError, "must be numbers >= 0"),
+        (IDS, "mama", {"weights": {"sft": -1}}, PPNetError, "weights: sft: must be a finite number >= 0, got -1"),
+        (IDS, "mama", {"weights": {"kl": "high"}}, PPNetError, "weights: kl: must be a finite number"),
+        (IDS, "mama", {"weights": {"kl": float("inf")}}, PPNetError, "weights: kl: must be a finite number"),
+        (IDS, "mama", {"weights": "kl"}, PPNetError, "weights: must map indicators"),
+        (IDS, "mama", {"sft": "no.safetensors"}, CheckpointError, "sft: cannot read no.safetensors"),
+        (IDS, "mama", {"sft": torch.ones(3)}, PPNetError, "sft: a Tensor; give ppnet.Scores"),
+        (IDS, "mama", {"kl": ppnet.Scores({}, method="kl", model_type="gpt2")}, PPNetError, "kl: .* model_type 'gpt2'"),
+        (IDS, ["taylor"], {}, PPNetError, r"method: \['taylor'\] is not known"),
+        (IDS, "taylor", {"length": "8"}, DataError, "length: must be an integer"),
+        (IDS, "taylor", {"batch_size": 2.5}, DataError, "batch_size: must be an integer"),
+        (IDS, "taylor", {"max_tokens": 1e2}, DataError, "max_tokens: must be an integer"),
+        (IDS, "random", {"seed": "x"}, PPNetError, "seed: must be an integer"),
+        (REWARDED, "reward", {"threshold": "a"}, PPNetError, "threshold: must be a finite number"),
+        ({**REWARDED, "groups": ["a", "a", "b", "b"]}, "reward", {}, DataError, "groups must be one number"),
+        (REWARDED, "reward", {"kappa": "a"}, PPNetError, r"kappa: must be a finite number in \[0, 1\], got 'a'"),
+        (REWARDED, "reward", {"kappa": 1.5, "form": "split"}, PPNetError, r"kappa: .* got 1\.5"),
+        (None, "magnitude", {"kappa": "a"}, PPNetError, "kappa: must be a finite number"),
+        (b"abc", "taylor", {}, DataError, "data: b'abc' are bytes"),
+        ([{"story": "a"}], "taylor", {}, DataError, r"column: 'text' .*\['story'\].*column=\.\.\."),
         (IDS, "mama", {"form": "sum"}, PPNetError, "form: 'sum'"),
         (IDS, "mama", {"sft": {"layers.0.neuron": torch.ones(3)}}, PPNetError, "sft: site 'layers.0.kv_group' needs 4"),
         (IDS, "kl", {"loss": lambda o, b: o}, PPNetError, "loss: fisher information"),

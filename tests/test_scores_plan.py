@@ -104,6 +104,8 @@ def test_scores_combine():
     assert all(torch.equal(collected[name], given[name]) for name in given)
     for scores, weights, message in (
         ([], None, "none given"),
+        (TAYLOR, None, "must be a list of ppnet.Scores"),
+        ([TAYLOR, magnitude], ["a", 1], r"weights\[0\]: must be a finite number >= 0, got 'a'"),
         ([TAYLOR, magnitude], [1.0], "must be 2 numbers"),
         ([TAYLOR, Scores(dict(TAYLOR), method="x", model_type="gpt2")], None, "are not of the same units"),
     ):
@@ -112,6 +114,38 @@ def test_scores_combine():
     signed = ppnet.score(MODEL, IDS, "movement")
     with pytest.raises(PPNetError, match="'product' needs scores >= 0"):
         Scores.combine([signed, TAYLOR], form="product")
+
+
+def test_scores_compare_and_load_from_files(tmp_path):
+    TAYLOR.save(tmp_path / "taylor.safetensors")
+    loaded = Scores.load(tmp_path / "taylor.safetensors")
+    assert loaded == TAYLOR and ppnet.score(MODEL, IDS, "taylor", sign="token") != TAYLOR and TAYLOR != "taylor"
+    name = str(tmp_path / "taylor.safetensors")
+    made = ppnet.plan(MODEL, 0.6, scores=name)
+    assert made.kept == ppnet.plan(MODEL, 0.6, scores=TAYLOR).kept and made.source == "taylor"
+    weights = {"kl": 0}
+    assert ppnet.score(MODEL, IDS, "mama", weights=weights, sft=name) == ppnet.score(
+        MODEL, IDS, "mama", weights=weights, sft=TAYLOR
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_magnitude_is_one_ranking(model_type):
+    model = tiny(model_type)
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    own, scored = ppnet.plan(model, 0.6), ppnet.plan(model, 0.6, scores=ppnet.score(model, method="magnitude"))
+    assert own.source == scored.source == "magnitude" and own.kept == scored.kept
+
+
+@pytest.mark.parametrize("options", [{"allocation": "cost"}, {"allocation": "global", "normalise": "site"}])
+def test_gates_take_no_allocation(options):
+    gated = ppnet.wrap(tiny("llama"))
+    with pytest.raises(PlanError, match=r"allocation: .* is for scores, and this model's gates rank"):
+        ppnet.plan(gated, 0.6, **options)
+    assert ppnet.plan(gated, 0.6, scores=TAYLOR, **options).source == "taylor"
 
 
 def test_allocation_by_cost_is_the_knapsack():
@@ -176,6 +210,7 @@ def test_floors():
         ({"allocation": "knapsack"}, "allocation: 'knapsack' is not known; use one of uniform, global, cost"),
         ({"normalise": "layer", "allocation": "global"}, "normalise: 'layer' is not known"),
         ({"normalise": "kind"}, "normalise: 'kind' has no meaning for allocation='uniform'"),
+        ({"scores": torch.ones(4)}, "scores: a Tensor; give ppnet.Scores, the name of a file"),
         ({"floor": 1.5}, r"floor: 1.5 for 'kv_group' must be a fraction in \[0, 1\]"),
         ({"floor": {"heads": 0.5}}, "floor: 0.5 for 'heads'"),
         ({"floor": {"neuron": True}}, "floor: True for 'neuron'"),

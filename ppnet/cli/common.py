@@ -32,6 +32,14 @@ MultipleOf = Annotated[
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder; default: the model's folder.")]
 Separator = Annotated[str | None, typer.Option(help="Splits the text into documents, e.g. '<|endoftext|>'.")]
+Column = Annotated[str, typer.Option(help="Key of the text in .jsonl lines.")]
+Floor = Annotated[
+    list[str] | None,
+    typer.Option(help="Fraction of every layer's units that stays: 0.1, or by kind, kv_group=0.5; may be repeated."),
+]
+Normalise = Annotated[
+    str, typer.Option(help="Of scores, for --allocation global or cost: none, kind or site (divide by their mean).")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 Sizes = Annotated[
@@ -128,6 +136,30 @@ def parse_multiple_of(pairs: list[str] | None) -> dict[str, int] | None:
             raise PPNetError(f"multiple-of: {pair!r} must be kind=number, e.g. neuron=64.")
         found[kind] = int(number)
     return found
+
+
+def parse_floor(parts: list[str] | None) -> float | dict[str, float] | None:
+    """``["0.1"]`` -> 0.1; ``["kv_group=0.5"]`` -> ``{"kv_group": 0.5}``.
+
+    Raises:
+        PPNetError: not a number, or a number for all beside others.
+    """
+    if not parts:
+        return None
+    found = {}
+    for part in parts:
+        kind, _, text = part.rpartition("=")
+        try:
+            found[kind] = float(text)
+        except ValueError:
+            raise PPNetError(f"floor: {part!r} must be a fraction, or kind=fraction, e.g. kv_group=0.5.") from None
+    if "" not in found:
+        return found
+    if len(parts) > 1:
+        raise PPNetError(
+            f"floor: {parts} names a fraction for all kinds beside others; give one, or one for each kind."
+        )
+    return found[""]
 
 
 def load_scores(path: Path | None) -> Any:

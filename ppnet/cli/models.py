@@ -9,11 +9,14 @@ import typer
 
 from ppnet.cli.common import (
     Allocation,
+    Column,
     Device,
+    Floor,
     Force,
     Json,
     Metric,
     MultipleOf,
+    Normalise,
     Of,
     ScoresFile,
     Separator,
@@ -24,6 +27,7 @@ from ppnet.cli.common import (
     load_model,
     load_scores,
     load_tokenizer,
+    parse_floor,
     parse_multiple_of,
     parse_size,
     quiet_stdout,
@@ -55,6 +59,8 @@ def resize(
     multiple_of: MultipleOf = None,
     scores: ScoresFile = None,
     allocation: Allocation = "uniform",
+    normalise: Normalise = "none",
+    floor: Floor = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan (which units stay) to this JSON file.")] = None,
     force: Force = False,
     json: Json = False,
@@ -67,13 +73,13 @@ def resize(
     """
     from ppnet.size import plan as make_plan
 
-    wanted, multiples = parse_size(size), parse_multiple_of(multiple_of)
+    wanted, multiples, least = parse_size(size), parse_multiple_of(multiple_of), parse_floor(floor)
     if out is not None:
         check_output(out, force)
     with quiet_stdout():
         plan = make_plan(
             load_model(folder, "cpu"), wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
-            scores=load_scores(scores),
+            normalise=normalise, floor=least, scores=load_scores(scores),
         )  # fmt: skip
     if out is not None:
         plan.save(out)
@@ -97,6 +103,8 @@ def compact(
     multiple_of: MultipleOf = None,
     scores: ScoresFile = None,
     allocation: Allocation = "uniform",
+    normalise: Normalise = "none",
+    floor: Floor = None,
     check: Annotated[bool, typer.Option(help="Compare the small model's logits with the masked model's.")] = True,
     redistribute: Annotated[
         Path | None, typer.Option(help="Text to refit what stays on, so that it takes over what removed units gave.")
@@ -104,7 +112,11 @@ def compact(
     redistribution: Annotated[
         str | None, typer.Option(help="How: least_squares (if not given), nearest or mean.")
     ] = None,
+    ridge: Annotated[
+        float | None, typer.Option(help="Of least_squares, as a share of the mean squared feature.")
+    ] = None,
     separator: Separator = None,
+    column: Column = "text",
     tokenizer: Tokenizer = None,
     force: Force = False,
     json: Json = False,
@@ -119,16 +131,24 @@ def compact(
     from ppnet.checkpoint import save
     from ppnet.compact import compact as compact_model
     from ppnet.plan import Plan
+    from ppnet.redistribute import RIDGE
     from ppnet.size import plan as make_plan
     from ppnet.size import refuse_options
 
+    if ridge is not None and redistribute is None:
+        raise PPNetError(f"ridge: {ridge} has a meaning only with --redistribute FILE; leave it out.")
     if (size is None) == (plan is None):
         raise typer.BadParameter("give either --size or --plan", param_hint="--size")
     check_output(out, force)
     multiples = parse_multiple_of(multiple_of)
     if plan is not None:
         rounding = {} if multiples is None else {"multiple-of": multiples}
-        ranking = {"scores": scores, "allocation": None if allocation == "uniform" else allocation}
+        ranking = {
+            "scores": scores,
+            "allocation": None if allocation == "uniform" else allocation,
+            "normalise": None if normalise == "none" else normalise,
+            "floor": floor,
+        }
         given = {name: value for name, value in ranking.items() if value is not None}
         refuse_options("--plan is given", metric=metric, of=of, **rounding, **given)
     decided = Plan.load(plan) if plan is not None else None
@@ -139,7 +159,7 @@ def compact(
             assert wanted is not None
             decided = make_plan(
                 model, wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
-                scores=load_scores(scores),
+                normalise=normalise, floor=parse_floor(floor), scores=load_scores(scores),
             )  # fmt: skip
         try:
             words = load_tokenizer(tokenizer or folder)
@@ -147,8 +167,11 @@ def compact(
             if tokenizer is not None or redistribute is not None:
                 raise
             words = None  # a model without a tokenizer stays one
-        batches = None if redistribute is None else _calibration(model, redistribute, words, separator)
-        small = compact_model(model, decided, check=check, redistribute=batches, redistribution=redistribution)
+        batches = None if redistribute is None else _calibration(model, redistribute, words, separator, column)
+        small = compact_model(
+            model, decided, check=check, redistribute=batches, redistribution=redistribution,
+            ridge=RIDGE if ridge is None else ridge,
+        )  # fmt: skip
         save(small, out, words)
     files = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     if not files:
@@ -173,12 +196,12 @@ def compact(
     )
 
 
-def _calibration(model: Any, file: Path, tokenizer: Any, separator: str | None) -> Any:
+def _calibration(model: Any, file: Path, tokenizer: Any, separator: str | None, column: str) -> Any:
     from ppnet.calibration import calibration_batches
 
     if not file.is_file():
         raise DataError(f"redistribute: {file} does not exist; give an existing text or .jsonl file.")
-    return calibration_batches(model, file, tokenizer, separator=separator)
+    return calibration_batches(model, file, tokenizer, separator=separator, column=column)
 
 
 def _redistributed(done: dict[str, Any] | None) -> str:
@@ -211,6 +234,7 @@ def heal(
         int | None, typer.Option(help="Train low-rank adapters of this rank only, then merge them.")
     ] = None,
     separator: Separator = None,
+    column: Column = "text",
     tokenizer: Tokenizer = None,
     device: Device = None,
     force: Force = False,
@@ -234,7 +258,7 @@ def heal(
         model, dense = load_model(folder, device), load_model(teacher, device)
         heal_model(
             model, dense, list(data), steps=steps, tokenizer=words, learning_rate=lr, batch_size=batch, length=length,
-            separator=separator, lora=lora, callbacks=[log], weight=weight, temperature=temperature,
+            separator=separator, column=column, lora=lora, callbacks=[log], weight=weight, temperature=temperature,
             direction=direction, hidden=hidden,
         )  # fmt: skip
         save(model, out, words)

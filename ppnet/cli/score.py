@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ppnet.cli.common import (
+    Column,
     Device,
     Dtype,
     Force,
@@ -43,6 +44,7 @@ def score(
     batch: Annotated[int, typer.Option(help="Sequences per pass.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Use about so many tokens of the data.")] = 2**16,
     separator: Annotated[str | None, typer.Option(help="Splits the text into documents, e.g. '<|endoftext|>'.")] = None,
+    column: Column = "text",
     seed: Annotated[int, typer.Option(help="Which part of the data is used.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -70,7 +72,7 @@ def score(
         words = load_tokenizer(tokenizer or folder) if needs else None
         scores = score_model(
             model, list(data or []) if needs else None, method, tokenizer=words, length=length, batch_size=batch,
-            max_tokens=max_tokens, separator=separator, seed=seed, **given,
+            max_tokens=max_tokens, separator=separator, column=column, seed=seed, **given,
         )  # fmt: skip
         scores.save(out)
     sites = {name: {"units": len(units), "mean": float(units.mean()), "least": float(units.min()),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppnet.checks import number
 from ppnet.scores.registry import choose, scorer
 from ppnet.scores.statistics import SiteStatistics, SiteWeights
+from ppnet.units import Structure
 
 
 @scorer("magnitude")
@@ -23,6 +25,7 @@ def magnitude(statistics: SiteStatistics, *, form: str = "norms", kappa: float =
         kappa: weight of the match of queries and keys.
     """
     choose("form", form, ("norms", "paths"))
+    number("kappa", kappa)
     weights, folded = statistics.weights, form == "paths"
     if "v" not in weights.roles():
         product = _norm(weights.output())
@@ -32,6 +35,12 @@ def magnitude(statistics: SiteStatistics, *, form: str = "norms", kappa: float =
     if folded:
         return _paths(weights, kappa)
     return _norm(weights.rows("v")) * _norm(weights.output())
+
+
+def magnitudes(model: nn.Module, structure: Structure) -> list[Tensor]:
+    """The scores of `magnitude` of every site, in order: float64 (U,), on the CPU."""
+    sites = [SiteStatistics(site, SiteWeights(model, site, lambda site: None)) for site in structure.sites]
+    return [magnitude(site).double().cpu() for site in sites]
 
 
 def _norm(rows: Tensor) -> Tensor:

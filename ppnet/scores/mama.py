@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppnet.checks import number
 from ppnet.errors import PPNetError
 from ppnet.scores.bias import bias
 from ppnet.scores.combine import combined
@@ -37,15 +38,17 @@ _GIVEN = ("sft", "reward", "kl")
 def _weights(options: Mapping[str, Any]) -> dict[str, float]:
     """The weights in force: rewards count only where they are given, or asked for by a weight."""
     asked = options.get("weights")
-    strangers = sorted(set(asked or ()) - WEIGHTS.keys())
+    if asked is not None and not isinstance(asked, Mapping):
+        raise PPNetError(f"weights: must map indicators ({', '.join(WEIGHTS)}) to numbers, got {asked!r}.")
+    strangers = sorted(map(str, set(asked or ()) - WEIGHTS.keys()))
     if strangers:
         raise PPNetError(f"weights: {strangers} are no indicators; use any of {', '.join(WEIGHTS)}.")
     weights = {**WEIGHTS, **(asked or {})}
     if options.get("reward") is None and "reward" not in (asked or {}):
         weights["reward"] = 0.0
-    weights = {name: float(weight) for name, weight in weights.items()}
-    if not all(weight >= 0 for weight in weights.values()) or not any(weights.values()):
-        raise PPNetError(f"weights: {weights} must be numbers >= 0, and not all 0.")
+    weights = {name: number(f"weights: {name}", weight) for name, weight in weights.items()}
+    if not any(weights.values()):
+        raise PPNetError(f"weights: {weights} must not all be 0; give one of them a number above 0.")
     return weights
 
 
@@ -56,7 +59,7 @@ def _needed(options: Mapping[str, Any]) -> Needs:
     return frozenset(need for need in asked if need is not None)
 
 
-@scorer("mama", across=True, needed=_needed)
+@scorer("mama", across=True, needed=_needed, scores=_GIVEN)
 def mama(
     statistics: Sequence[SiteStatistics],
     *,
@@ -77,7 +80,7 @@ def mama(
         weights: indicator -> a_i; defaults .1, .1, 1, 1, .5.
         form: ``"ranks"``, or ``"product"`` of powers, prod_i (x_i / mean x_i)^a_i.
         sft, reward, kl: an indicator that was collected elsewhere, e.g. by `ppnet.train.MovementCallback` or in GRPO:
-            site name -> (U,).
+            site name -> (U,), `ppnet.Scores`, or the name of a file of these.
     """
     given = {"sft": sft, "reward": reward, "kl": kl}
     in_force = _weights({"weights": weights, "reward": reward})
@@ -96,8 +99,10 @@ def _checked(name: str, scores: Mapping[str, Tensor], site: SiteStatistics) -> T
     found = scores.get(site.site.name)
     units = None if found is None else torch.as_tensor(found).flatten()
     if units is None or len(units) != site.site.units or not torch.isfinite(units).all():
+        wrong = 0 if units is None else int((~torch.isfinite(units)).sum())
         raise PPNetError(
             f"{name}: site {site.site.name!r} needs {site.site.units} finite numbers, got "
-            f"{'none' if units is None else len(units)}; give scores of this model."
+            f"{'none' if units is None else len(units)}{f', {wrong} of them NaN or infinite' if wrong else ''}; give "
+            "scores of this model."
         )
     return units

@@ -31,12 +31,14 @@ class Scorer:
             -> one (U,) per site``.
         needs: options -> what must be collected from data (`COLLECTED`).
         across: whether the scores of a unit depend on other sites.
+        scores: the options that hold scores.
     """
 
     name: str
     function: Callable[..., Any]
     needs: Callable[[Mapping[str, Any]], Needs]
     across: bool
+    scores: tuple[str, ...] = ()
 
     def __call__(self, statistics: Sequence[SiteStatistics], options: Mapping[str, Any]) -> list[Tensor]:
         if self.across:
@@ -60,7 +62,11 @@ SCORERS: dict[str, Scorer] = {}
 
 
 def scorer(
-    name: str, *needs: str, across: bool = False, needed: Callable[[Mapping[str, Any]], Needs] | None = None
+    name: str,
+    *needs: str,
+    across: bool = False,
+    needed: Callable[[Mapping[str, Any]], Needs] | None = None,
+    scores: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a scorer under `name`; its keyword-only arguments are its options.
 
@@ -68,11 +74,12 @@ def scorer(
         needs: what must be collected from data: `ACTIVATIONS`, `GRADIENTS`, `FISHER`, `REWARDS`.
         across: the function sees all sites at once.
         needed: options -> needs, where these depend on the options.
+        scores: the options that hold scores; a file's name is then read.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         fixed = frozenset(needs)
-        SCORERS[name] = Scorer(name, function, needed or (lambda options: fixed), across)
+        SCORERS[name] = Scorer(name, function, needed or (lambda options: fixed), across, scores)
         return function
 
     return decorate
@@ -84,7 +91,7 @@ def get_scorer(name: str) -> Scorer:
     Raises:
         PPNetError: there is none of that name.
     """
-    if name not in SCORERS:
+    if not isinstance(name, str) or name not in SCORERS:
         raise PPNetError(f"method: {name!r} is not known; use one of {', '.join(sorted(SCORERS))}.")
     return SCORERS[name]
 

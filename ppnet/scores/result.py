@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ppnet.checks import number
 from ppnet.errors import CheckpointError, PPNetError
 from ppnet.scores.combine import combined
 
@@ -51,6 +52,15 @@ class Scores(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._units)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether these are the same numbers, made by the same method for the same kind of model."""
+        if not isinstance(other, Scores):
+            return NotImplemented
+        same = self.method == other.method and self._shape() == other._shape()
+        return same and all(torch.equal(units, other[name]) for name, units in self.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         units = sum(len(value) for value in self.values())
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
@@ -72,10 +82,15 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             PPNetError: none, other sites or models, or a wrong number of weights.
         """
+        if not isinstance(scores, Sequence) or not all(isinstance(one, Scores) for one in scores):
+            raise PPNetError(f"scores: must be a list of ppnet.Scores, got {scores!r:.80}; put them into [...].")
         if not scores:
             raise PPNetError("scores: none given; give at least one ppnet.Scores.")
-        weights = [1.0] * len(scores) if weights is None else list(weights)
-        if len(weights) != len(scores) or not all(weight >= 0 for weight in weights) or not any(weights):
+        weights = [1.0] * len(scores) if weights is None else weights
+        if not isinstance(weights, Sequence) or len(weights) != len(scores) or isinstance(weights, str):
+            raise PPNetError(f"weights: {weights!r} must be {len(scores)} numbers >= 0, not all 0.")
+        weights = [number(f"weights[{place}]", weight) for place, weight in enumerate(weights)]
+        if not any(weights):
             raise PPNetError(f"weights: {weights!r} must be {len(scores)} numbers >= 0, not all 0.")
         first = scores[0]
         for other in scores[1:]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ppnet.checks import number
 from ppnet.scores.registry import REWARDS, choose, scorer
 from ppnet.scores.statistics import SiteStatistics
 
@@ -28,6 +29,7 @@ def reward(statistics: SiteStatistics, *, form: str = "groups", kappa: float = 0
 def from_sums(sums: Mapping[str, Tensor], groups: float, form: str, kappa: float) -> Tensor:
     """The score from the sums of `RewardGradients` over so many groups."""
     choose("form", form, ("groups", "split", "signed"))
+    number("kappa", kappa, 0, 1)
     total = {
         "groups": sums["absolute"],
         "split": sums["positive"] - kappa * sums["negative"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +11,13 @@ import torch
 from torch import nn
 
 from ppnet.calibration import MAX_TOKENS, calibration_batches
-from ppnet.errors import PPNetError
+from ppnet.checks import integer, number, renamed
+from ppnet.errors import CheckpointError, PPNetError
 from ppnet.scores.collect import Collector, Loss, as_dense
 from ppnet.scores.probe import without_probes
-from ppnet.scores.registry import Needs, get_scorer
+from ppnet.scores.registry import Needs, Scorer, get_scorer
 from ppnet.scores.result import Scores
+from ppnet.units import Structure
 from ppnet.wrap import structure_for
 
 
@@ -75,7 +79,7 @@ def score(
     made = score_methods(
         model,
         data,
-        {method: (method, options)},
+        {str(method): (method, options)},
         tokenizer=tokenizer,
         seed=seed,
         loss=loss,
@@ -83,7 +87,7 @@ def score(
         progress=progress,
         **reading,
     )
-    return made[method]
+    return made[str(method)]
 
 
 def score_methods(
@@ -105,11 +109,16 @@ def score_methods(
         others: as in `score`.
     """
     structure = structure_for(model)
-    scorers = {name: (get_scorer(method), options) for name, (method, options) in methods.items()}
+    if threshold is not None:
+        number("threshold", threshold, -math.inf)
+    integer("seed", seed, 0)
+    scorers: dict[str, tuple[Scorer, Mapping[str, Any]]] = {}
     needs: Needs = frozenset()
-    for scorer, options in scorers.values():
+    for label, (method, options) in methods.items():
+        scorer = get_scorer(method)
         scorer.check(options)
-        needs |= scorer.needs(options)
+        scorers[label] = scorer, {**options, **_given(scorer, options, structure)}
+        needs |= scorer.needs(scorers[label][1])
     batches = []
     if needs:
         if data is None:
@@ -135,6 +144,37 @@ def score_methods(
             )
     _check_finite(made)
     return made
+
+
+def _given(scorer: Scorer, options: Mapping[str, Any], structure: Structure) -> dict[str, Mapping[str, Any]]:
+    """The options that are scores, read where they are files.
+
+    Raises:
+        PPNetError: no scores, or those of another kind of model.
+    """
+    found = {}
+    for name in scorer.scores:
+        value = options.get(name)
+        if value is None:
+            continue
+        if isinstance(value, str | os.PathLike):
+            try:
+                value = Scores.load(value)
+            except CheckpointError as error:
+                raise renamed(error, name, "scores") from error
+        if not isinstance(value, Mapping):
+            raise PPNetError(
+                f"{name}: a {type(value).__name__}; give ppnet.Scores, the name of a file of them, or a mapping of "
+                "site name -> one number per unit."
+            )
+        made_for = getattr(value, "model_type", structure.model_type)
+        if made_for != structure.model_type:
+            raise PPNetError(
+                f"{name}: scores were made for model_type {made_for!r}, the model is {structure.model_type!r}; give "
+                "scores of this model."
+            )
+        found[name] = value
+    return found
 
 
 def _check_finite(made: Mapping[str, Scores]) -> None:

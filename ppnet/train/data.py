@@ -277,7 +277,8 @@ def _text(document: Any, column: str) -> str | Tensor:
         if "input_ids" in document:
             return torch.as_tensor(document["input_ids"])
         raise DataError(
-            f"column: {column!r} with text is not in an example; its keys are {sorted(map(str, document))}."
+            f"column: {column!r} with text is not in an example; its keys are {sorted(map(str, document))}. Name the "
+            "one that holds the text, column=... (on the command line --column)."
         )
     raise DataError(
         f"source: holds a {type(document).__name__}; documents must be strings or mappings with {column!r}."

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ppnet.errors import TrainingError
+from ppnet.checks import renamed
+from ppnet.errors import CheckpointError, TrainingError
 from ppnet.modes import evaluating
 from ppnet.train.objective import DIRECTIONS, IGNORED, distillation_loss, hidden_loss
 from ppnet.train.trainer import PuppetTrainerMixin, aligned_targets
@@ -41,6 +44,17 @@ class Distillation:
     hidden_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weight", "temperature", "hidden"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise TrainingError(f"{name}: {value!r} must be a finite number.")
+        layers = self.hidden_layers
+        if layers is not None and not (
+            isinstance(layers, Sequence)
+            and not isinstance(layers, str)
+            and all(isinstance(i, Integral) for i in layers)
+        ):
+            raise TrainingError(f"hidden_layers: {layers!r} must be a tuple of layer indices, e.g. (1, -1), or None.")
         if not 0 <= self.weight <= 1:
             raise TrainingError(f"weight: {self.weight!r} must be in [0, 1]: the teacher's share of the loss.")
         if not self.temperature > 0:
@@ -97,7 +111,10 @@ class DistillationMixin(PuppetTrainerMixin):
             raise TrainingError(f"teacher: {teacher!r} is neither a model nor the folder of one; give the dense model.")
         from ppnet.checkpoint import load
 
-        return load(Path(teacher), dtype="auto").to(self.args.device)
+        try:
+            return load(Path(teacher), dtype="auto").to(self.args.device)
+        except CheckpointError as error:
+            raise renamed(error, "teacher", "path") from error
 
     def _refuse_other_losses(self) -> None:
         if self.puppet is not None:

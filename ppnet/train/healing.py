@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import random
 import tempfile
@@ -14,8 +16,9 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from ppnet.checks import integer, number
 from ppnet.errors import PPNetError
 from ppnet.evaluate.model_state import context_of
 from ppnet.modes import flags_kept
@@ -68,6 +71,19 @@ def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     if int(lengths.min()) < longest:
         batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
     return batch
+
+
+def _check_arguments(arguments: Any) -> None:
+    """Refuses what `transformers.TrainingArguments` do not have."""
+    known = inspect.signature(TrainingArguments).parameters
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise PPNetError(f"arguments: must map names of transformers.TrainingArguments to values, got {arguments!r}.")
+    unknown = [name for name in arguments or () if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), [*known], 1) or ["learning_rate"]
+        raise PPNetError(
+            f"arguments: {unknown} are no transformers.TrainingArguments; use their names, e.g. {near[0]!r}."
+        )
 
 
 @contextmanager
@@ -127,6 +143,7 @@ def heal(
     batch_size: int = 8,
     length: int | None = None,
     separator: str | None = None,
+    column: str = "text",
     lora: int | Any = None,
     output_dir: str | os.PathLike[str] | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -149,6 +166,7 @@ def heal(
         batch_size: sequences per step.
         length: tokens per sequence; None: 512, or the model's context or the text if shorter.
         separator: text between the documents of a text file.
+        column: key of the text in a dataset's rows.
         lora: train low-rank adapters of this rank only (a PEFT ``LoraConfig`` for more), on all linear modules but the
             head, and merge them at the end. Needs ``pip install ppnet[lora]``.
         output_dir: folder of checkpoints, every 500 steps; None: none are written.
@@ -165,9 +183,12 @@ def heal(
     """
     from ppnet.calibration import DEFAULT_LENGTH, calibration_batches  # which imports this package for its text blocks
 
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise PPNetError(f"{name}: must be an integer of at least 1, got {value!r}.")
+    integer("steps", steps, 1)
+    integer("batch_size", batch_size, 1)
+    number("learning_rate", learning_rate)
+    if length is not None:
+        integer("length", length, 2)
+    _check_arguments(arguments)
     unknown = sorted(distillation.keys() - Distillation.__dataclass_fields__.keys())
     if unknown:
         raise PPNetError(
@@ -177,7 +198,7 @@ def heal(
     options = Distillation(**distillation)
     most = min(length or DEFAULT_LENGTH, context_of(model) or DEFAULT_LENGTH)
     batches = calibration_batches(
-        model, data, tokenizer, length=length, separator=separator, batch_size=batch_size,
+        model, data, tokenizer, length=length, separator=separator, column=column, batch_size=batch_size,
         max_tokens=max(2, steps * batch_size * most),
     )  # fmt: skip
     values = {
