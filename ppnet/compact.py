@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.accelerate import take_off
+from ppnet.checks import renamed
 from ppnet.equivalence import as_dense, check_equivalent, plain_evaluation
-from ppnet.errors import EquivalenceError, PlanError, PPNetError
+from ppnet.errors import DataError, EquivalenceError, PlanError, PPNetError
 from ppnet.families import FAMILIES
 from ppnet.modes import mixed_precision_off
 from ppnet.plan import Plan
@@ -109,7 +110,10 @@ def _batches(model: nn.Module, data: Any, tokenizer: Any, column: str) -> Any:
     # Imported here: it brings transformers' trainer along.
     from ppnet.calibration import calibration_batches
 
-    return calibration_batches(model, data, tokenizer, column=column)
+    try:
+        return calibration_batches(model, data, tokenizer, column=column)
+    except DataError as error:
+        raise renamed(error, "redistribute", "data") from error
 
 
 def _method(redistribute: Any, redistribution: str | None, ridge: float) -> str:

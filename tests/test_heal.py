@@ -341,6 +341,8 @@ def test_errors_of_heal() -> None:
     ):
         with pytest.raises(PPNetError, match=message):
             ppnet.heal(student, teacher, ids, **{"steps": 1, **options})
+    with pytest.raises(PPNetError, match=r"^learning_rate: -1 must be"):
+        ppnet.heal(student, teacher, ids, steps=1, arguments={"learning_rate": -1})
     with pytest.raises(CheckpointError, match=r"^teacher: nowhere is not a folder"):
         ppnet.heal(student, "nowhere", ids, steps=1)
     with pytest.raises(DataError, match=r"column: 'text' .*\['story'\].*column="):

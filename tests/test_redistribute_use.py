@@ -180,3 +180,17 @@ def test_stories_lose_much_less() -> None:
     refitted = nll(compact(model, plan, redistribute=text, tokenizer=tokenizer))
     # Measured: 3.49 without, 2.30 with.
     assert refitted < without - 0.8
+
+
+def test_datasets_with_another_column() -> None:
+    from scoring import TEXT as LETTERS
+    from scoring import words
+
+    model = tiny("llama", vocab_size=13, pad_token_id=0)
+    rows = [{"story": LETTERS}]
+    small = ppnet.compact(model, 0.6, redistribute=rows, tokenizer=words(), column="story")
+    assert small.ppnet_plan.extra["redistribution"]["tokens"] > 200
+    with pytest.raises(DataError, match=r"column: 'text' .*\['story'\]. Name the one that holds the text, column="):
+        ppnet.compact(model, 0.6, redistribute=rows, tokenizer=words())
+    with pytest.raises(DataError, match=r"^redistribute: b.abc. are bytes"):
+        ppnet.compact(model, 0.6, redistribute=b"abc", tokenizer=words())

@@ -17,7 +17,8 @@ from transformers import (
     default_data_collator,
 )
 
-from ppnet.errors import TrainingError
+from ppnet.checks import renamed
+from ppnet.errors import PPNetError, TrainingError
 from ppnet.modes import evaluating
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
@@ -242,7 +243,10 @@ class PuppetTrainerMixin(CheckpointMixin):
         """The optimizer that the arguments name, over `param_groups`."""
         if self.optimizer is None:
             target: Any = self.model if model is None else model
-            groups = param_groups(target, self.args.learning_rate, weight_decay=self.args.weight_decay)
+            try:
+                groups = param_groups(target, self.args.learning_rate, weight_decay=self.args.weight_decay)
+            except PPNetError as error:
+                raise renamed(error, "learning_rate", "lr") from error
             optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, target
             )
