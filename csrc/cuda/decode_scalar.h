@@ -15,7 +15,7 @@ constexpr int kScalarBlocksPerSm = kMine <= 4 ? 4 : 2;
 template <class T, int kSize, int kPieces>
 struct ScalarDecode {
   static constexpr int kMine = kSize * kPieces;  // dims of a lane
-  using V = Pack<T, kSize * static_cast<int>(sizeof(T))>;
+  using V = Pack<T, kSize>;
 
   const AttentionDecode& job;
   const DecodePart& part;
@@ -48,11 +48,12 @@ struct ScalarDecode {
   __device__ void read(const T* from, bool there, float* to) const {
 #pragma unroll
     for (int c = 0; c < kPieces; ++c) {
-      V v;
-      const bool whole = there && dim_of(c) < job.width;
-      if (whole) v = *reinterpret_cast<const V*>(from + dim_of(c));
+      if (there && dim_of(c) < job.width) {
+        reinterpret_cast<const V*>(from + dim_of(c))->widen(to + c * kSize);
+      } else {
 #pragma unroll
-      for (int d = 0; d < kSize; ++d) to[c * kSize + d] = whole ? widened(v.x[d]) : 0.0f;
+        for (int d = 0; d < kSize; ++d) to[c * kSize + d] = 0;
+      }
     }
   }
 

@@ -2,8 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
-#include "launch.h"
+#include "prim.h"
 
 namespace ppnet::cuda {
 
@@ -29,11 +30,34 @@ __device__ __forceinline__ T rounded(arithmetic_t<T> x) {
   else return __float2bfloat16_rn(x);
 }
 
-// kBytes of consecutive elements, read and written at once.
-template <class T, int kBytes = 16>
-struct alignas(kBytes) Pack {
-  static constexpr int kSize = kBytes / static_cast<int>(sizeof(T));
-  T x[kSize];
+// kSize consecutive elements, read and written at once. Of 16-bit elements two share a word: apart they would take a
+// register each.
+template <class T, int kSize>
+struct Pack {
+  static constexpr bool kWords = sizeof(T) == 2 && kSize % 2 == 0;
+  static constexpr int kCount = kWords ? kSize / 2 : kSize;
+  using Held = std::conditional_t<kWords, uint32_t, T>;
+  alignas(kSize * sizeof(T)) Held x[kCount];
+
+  __device__ __forceinline__ void widen(arithmetic_t<T>* to) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if constexpr (kWords) {
+        const float2 two = unpack<T>(x[k]);
+        to[2 * k] = two.x;
+        to[2 * k + 1] = two.y;
+      } else {
+        to[k] = widened(x[k]);
+      }
+    }
+  }
+  __device__ __forceinline__ void round(const arithmetic_t<T>* from) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if constexpr (kWords) x[k] = pack<T>(from[2 * k], from[2 * k + 1]);
+      else x[k] = rounded<T>(from[k]);
+    }
+  }
 };
 
 __host__ __device__ inline bool whole_pieces(const void* p, int64_t bytes = 16) {

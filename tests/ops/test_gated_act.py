@@ -64,7 +64,7 @@ def assert_no_worse(result, torchs, exact, dtype, scale=0.0):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from switching oneDNN off
-def test_infinities_and_nan(act, dtype, isa):
+def test_infinities_and_nan(act, dtype, kernels):
     """As torch has them; its oneDNN kernel of gelu gives NaN for infinity."""
     at_minus = 0.0 if act.startswith("relu") else torch.nan
     special = {torch.inf: torch.inf, -torch.inf: at_minus, torch.nan: torch.nan}
@@ -74,7 +74,7 @@ def test_infinities_and_nan(act, dtype, isa):
         torch.testing.assert_close(torch_act(x, act), expected, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(gated_act(x, act=act), expected, rtol=0, atol=0, equal_nan=True)
     gated = gated_act(torch.full_like(x, 2.0), x, act=act)
-    if isa != "torch":
+    if kernels != "torch":
         torch.testing.assert_close(gated, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -136,7 +136,7 @@ def test_reference_is_what_torch_computes(act):
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_float64(act, isa):
+def test_float64(act, kernels):
     up, gate, z = wide(*inputs(40, 37, torch.float32))
     dh = torch.randn(40, 37).double()
     torch.testing.assert_close(gated_act(up, gate, z, act), composed(up, gate, z, act), rtol=1e-13, atol=1e-13)
@@ -160,7 +160,7 @@ def test_tails(act, isa):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values_and_kinks(act, dtype, isa):
+def test_special_values_and_kinks(act, dtype, kernels):
     x = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e4, -3e4, float("inf"), float("nan"), -float("inf")]).to(dtype)
     x = x.repeat(5)  # beyond one vector
     h, ref = gated_act(x, act=act), torch_act(x.float(), act).to(dtype)
@@ -175,7 +175,7 @@ def test_special_values_and_kinks(act, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(dtype, isa):
+def test_layouts(dtype, kernels):
     """Halves of one GEMM output, more leading axes, broadcast and transposed tensors: the result is that of a copy."""
     both = torch.randn(6, 5, 2 * 83).to(dtype)
     views = [
@@ -203,7 +203,7 @@ def test_layouts(dtype, isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (2, 0, 3), (0,)])
-def test_empty(shape, isa):
+def test_empty(shape, kernels):
     up = torch.randn(shape)
     z = torch.randn(shape[-1])
     assert gated_act(up, up, z).shape == shape

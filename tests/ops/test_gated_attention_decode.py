@@ -84,7 +84,7 @@ def test_against_float64(shape, dtype, isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [[], [2], [4, 0, 3], [0, 1, 2, 3, 4]])
-def test_groups(groups, dtype, isa):
+def test_groups(groups, dtype, kernels):
     query, key, value = cache(2, 3 * len(groups), 5, 2, 172, 64, dtype)
     out = check(query, key, value, groups=torch.tensor(groups, dtype=torch.int64), gate=torch.rand(len(groups)))
     assert out.transpose(1, 2).is_contiguous()
@@ -99,7 +99,7 @@ def test_equals_sdpa(dtype):
     )
 
 
-def test_strided_caches(isa):
+def test_strided_caches(kernels):
     query, key, value = cache(2, 8, 4, 2, 300, 64, torch.bfloat16)
     expected = gated_attention_decode(query, key, value)
     by_position = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value)]
@@ -114,7 +114,7 @@ def test_strided_caches(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_garbage_behind_the_mask(dtype, isa):
+def test_garbage_behind_the_mask(dtype, kernels):
     """A preallocated cache holds anything beyond its length; so does padding."""
     query, key, value = cache(2, 6, 2, 3, 700, 64, dtype)
     lengths = torch.tensor([300, 650])
@@ -128,7 +128,7 @@ def test_garbage_behind_the_mask(dtype, isa):
         assert torch.equal(gated_attention_decode(query, k, v, lengths=lengths), by_length)
 
 
-def test_value_masked_for_some_queries_only(isa):
+def test_value_masked_for_some_queries_only(kernels):
     """The last new token attends to its own NaN; the tokens before it must not see it."""
     query, key, value = cache(1, 4, 2, 4, 301, 64, torch.float32)
     expected = gated_attention_decode(query, key, value)
@@ -137,7 +137,7 @@ def test_value_masked_for_some_queries_only(isa):
     assert torch.equal(out[:, :, :3], expected[:, :, :3]) and out[:, :, 3].isnan().all()
 
 
-def test_nan_that_is_attended_to_is_kept(isa):
+def test_nan_that_is_attended_to_is_kept(kernels):
     query, key, value = cache(1, 2, 2, 1, 40, 32, torch.float32)
     key[0, 0, 5, 3] = torch.nan
     out = gated_attention_decode(query, key, value)
@@ -147,7 +147,7 @@ def test_nan_that_is_attended_to_is_kept(isa):
     assert gated_attention_decode(query, key, value, mask=only)[0, 0].isnan().all()
 
 
-def test_nothing_to_attend_to_gives_zero(isa):
+def test_nothing_to_attend_to_gives_zero(kernels):
     query, key, value = cache(2, 2, 2, 2, 300, 16, torch.bfloat16)
     mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
     mask[1] = False
