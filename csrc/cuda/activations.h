@@ -25,8 +25,9 @@ template <bool kShort>
 __device__ __forceinline__ double quotient(double a, double b) {
   return a / b;
 }
-__device__ __forceinline__ float error_function(float x) { return erff(x); }
-__device__ __forceinline__ double error_function(double x) { return erf(x); }
+// 1 - the error function; 1 + the error function cancels in the lower tail.
+__device__ __forceinline__ float error_complement(float x) { return erfcf(x); }
+__device__ __forceinline__ double error_complement(double x) { return erfc(x); }
 
 struct Silu {
   template <bool kShort, class C>
@@ -42,19 +43,34 @@ struct Silu {
 };
 
 struct Gelu {
-  template <class C>
-  __device__ static C share(C x) {
-    return C(0.5) + C(0.5) * error_function(x * C(0.70710678118654752440));
+  // The normal distribution's share below x, and bell = e^(-x²/2).
+  template <bool kShort, class C>
+  __device__ static C share(C x, C bell) {
+    if constexpr (!kShort) {
+      return C(0.5) * error_complement(-x * C(0.70710678118654752440));
+    } else {
+      // 1/2 erfc(z) e^(z²), z = |x| / √2, as a polynomial without constant in t = 1 / (1 + 0.44 z): fitted to the least
+      // relative error over 0 <= z <= 9.5, which is 5e-6, less than a fortieth of a rounding to fp16.
+      const C t = __fdividef(1.0f, 1.0f + 0.31112698372208092f * fabsf(x));
+      C tail = -0.07305285528223672f;
+      tail = tail * t + 0.17532740607100247f;
+      tail = tail * t + 0.020363072526462f;
+      tail = tail * t + 0.13179507040518457f;
+      tail = tail * t + 0.12128416605065712f;
+      tail = tail * t + 0.12428057721314639f;
+      tail = tail * t * bell;
+      return x < 0 ? tail : 1 - tail;
+    }
   }
   template <bool kShort, class C>
   __device__ static C value(C x) {
-    return x * share(x);
+    return x * share<kShort>(x, kShort ? e_to<kShort>(C(-0.5) * x * x) : C(0));
   }
   template <bool kShort, class C>
   __device__ static void both(C x, C& f, C& slope) {
-    const C p = share(x);
+    const C bell = e_to<kShort>(C(-0.5) * x * x), p = share<kShort>(x, bell);
     f = x * p;
-    slope = x * e_to<kShort>(C(-0.5) * x * x) * C(0.39894228040143267794) + p;
+    slope = x * bell * C(0.39894228040143267794) + p;
   }
 };
 
