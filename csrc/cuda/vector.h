@@ -29,20 +29,26 @@ __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<con
 __device__ __forceinline__ uint4 stream16(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
-// The kVector<T> values of 16 bytes, exactly; and back, rounded to nearest.
+// The values of 4, 8 or 16 bytes, exactly; and back, rounded to nearest.
+template <class T>
+__device__ __forceinline__ void to_floats(uint32_t bits, float* x) {
+  if constexpr (__is_same(T, float)) {
+    x[0] = __uint_as_float(bits);
+  } else {
+    const float2 two = unpack<T>(bits);
+    x[0] = two.x;
+    x[1] = two.y;
+  }
+}
+template <class T>
+__device__ __forceinline__ void to_floats(uint2 v, float* x) {
+  to_floats<T>(v.x, x);
+  to_floats<T>(v.y, x + kVector<T> / 4);
+}
 template <class T>
 __device__ __forceinline__ void to_floats(uint4 v, float* x) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (__is_same(T, float)) {
-      x[i] = __uint_as_float(words[i]);
-    } else {
-      const float2 two = unpack<T>(words[i]);
-      x[2 * i] = two.x;
-      x[2 * i + 1] = two.y;
-    }
-  }
+  to_floats<T>(make_uint2(v.x, v.y), x);
+  to_floats<T>(make_uint2(v.z, v.w), x + kVector<T> / 2);
 }
 template <class T>
 __device__ __forceinline__ uint4 from_floats(const float* x) {
@@ -70,6 +76,18 @@ __device__ __forceinline__ void store_some(T* p, const float* x, int n) {
     if (i < n) p[i] = from_float<T>(x[i]);
 }
 
+// The same, at once where all are there and p is aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ uint4 load_part(const T* p, int64_t n, bool aligned) {
+  if (n >= kVector<T> && aligned) return load16(p);
+  return load_some(p, n > kVector<T> ? kVector<T> : static_cast<int>(n));
+}
+template <class T>
+__device__ __forceinline__ void store_part(T* p, const float* x, int64_t n, bool aligned) {
+  if (n >= kVector<T> && aligned) store16(p, from_floats<T>(x));
+  else store_some(p, x, n > kVector<T> ? kVector<T> : static_cast<int>(n));
+}
+
 // In every lane of a whole warp, in the same order everywhere.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -78,23 +96,22 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 // Sums over the warp of kCount (a power of two, up to 32) values at once: lane l receives that of values[l * kCount / 32]
-// in values[0], with fewer shuffles than one after the other.
-template <int kCount>
+// in values[0], with fewer shuffles than one after the other; each in warp_sum's order.
+template <int kCount, int kBit = 16>
 __device__ __forceinline__ void warp_sums(float* values) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  int bit = 16;
+  if constexpr (kCount > 1) {
+    const bool upper = threadIdx.x & kBit;
 #pragma unroll
-  for (int count = kCount; count > 1; count /= 2, bit /= 2) {
-    const bool upper = lane & bit;
-#pragma unroll
-    for (int i = 0; i < count / 2; ++i) {
-      const float mine = upper ? values[i + count / 2] : values[i];
-      const float others = upper ? values[i] : values[i + count / 2];
-      values[i] = mine + __shfl_xor_sync(0xffffffffu, others, bit);
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float mine = upper ? values[i + kCount / 2] : values[i];
+      const float others = upper ? values[i] : values[i + kCount / 2];
+      values[i] = mine + __shfl_xor_sync(0xffffffffu, others, kBit);
     }
+    warp_sums<kCount / 2, kBit / 2>(values);
+  } else if constexpr (kBit > 0) {
+    values[0] += __shfl_xor_sync(0xffffffffu, values[0], kBit);
+    warp_sums<1, kBit / 2>(values);
   }
-#pragma unroll
-  for (; bit > 0; bit /= 2) values[0] += __shfl_xor_sync(0xffffffffu, values[0], bit);
 }
 
 }  // namespace ppnet::cuda
