@@ -76,12 +76,17 @@ inline void check_cpu(const char* op, const std::string& name, const Tensor& t) 
   PPNET_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU; all tensors of a call must be on one device");
 }
 
-// That of the first tensor, which must be a GPU's where `cuda`.
-inline void check_same_device(const char* op, const std::string& name, const Tensor& t, const Tensor& first,
-                              bool cuda) {
-  if (!cuda) return check_cpu(op, name, t);
+// The first tensor of a call: of a GPU where the kernel is a GPU's, else of the CPU.
+inline void check_kernel_device(const char* op, const std::string& name, const Tensor& t, bool gpu) {
+  if (!gpu) return check_cpu(op, name, t);
+  PPNET_CHECK(t.is_cuda(), op, ": ", name, " is not on a GPU; all tensors of a call must be on one device");
+}
+
+// The others.
+inline void check_same_device(const char* op, const std::string& name, const Tensor& t, const Tensor& first) {
+  if (first.is_cpu()) return check_cpu(op, name, t);
   PPNET_CHECK(t.is_cuda() && t.get_device_index() == first.get_device_index(), op, ": ", name,
-              " is not on the GPU of the first tensor; all tensors of a call must be on one device");
+              " is on another device than the first tensor; all tensors of a call must be on one device");
 }
 
 // Sizes of -1 are free; `meaning` spells the shape in the field's letters, as "(T, D)".

@@ -30,7 +30,7 @@ static ActRows rows_of(const Tensor& t, Dtype dtype) {
 }
 
 ActRows matching_rows(const char* op, const char* name, const Tensor& t, const Tensor& up, bool cuda) {
-  check_same_device(op, name, t, up, cuda);
+  check_same_device(op, name, t, up);
   PPNET_CHECK(sizes_of(t) == sizes_of(up), op, ": ", name, " has shape ", shape(t), "; it must be that of up = ",
               shape(up));
   check_dtype(op, name, t, up.scalar_type(), "that of up");
@@ -40,7 +40,7 @@ ActRows matching_rows(const char* op, const char* name, const Tensor& t, const T
 ActInputs check_gated_act(const char* op, const Tensor& up, const std::optional<Tensor>& gate,
                           const std::optional<Tensor>& z, const std::string& act, bool cuda) {
   ActInputs in;
-  check_same_device(op, "up", up, up, cuda);
+  check_kernel_device(op, "up", up, cuda);
   check_floating(op, "up", up);
   PPNET_CHECK(up.dim() >= 1, op, ": up has shape (); it must be (..., K)");
   GatedActJob& job = in.job;
@@ -58,7 +58,7 @@ ActInputs check_gated_act(const char* op, const Tensor& up, const std::optional<
     job.gate_stride = in.gate.stride;
   }
   if (z) {
-    check_same_device(op, "z", *z, up, cuda);
+    check_same_device(op, "z", *z, up);
     check_shape(op, "z", *z, {job.cols}, "(K,)");
     check_dtype(op, "z", *z, arithmetic(up.scalar_type()), "Double for a Double up, else Float");
     in.z = z->is_contiguous() ? *z : torch::stable::contiguous(*z);

@@ -18,13 +18,13 @@ void expect_shape(const char* op, const char* name, const Tensor& t, std::initia
 
 void check_query(const char* op, const Tensor& query, bool cuda) {
   check_narrow(op, "query", query);
-  check_same_device(op, "query", query, query, cuda);
+  check_kernel_device(op, "query", query, cuda);
   expect_shape(op, "query", query, {-1, -1, -1, -1}, "(B, H, T, Dh)");
 }
 
 void check_cache(const char* op, const char* name, const Tensor& t, const Tensor& query, bool cuda) {
   check_dtype(op, name, t, query.scalar_type(), "the dtype of query");
-  check_same_device(op, name, t, query, cuda);
+  check_same_device(op, name, t, query);
   expect_shape(op, name, t, {query.size(0), -1, -1, query.size(3)}, "(B, Hkv, S, Dh) with the B and Dh of query");
   PPNET_CHECK(t.size(3) <= 1 || t.stride(3) == 1, op, ": ", name, " has stride ", t.stride(3),
               " along its last axis; it must be contiguous there (1), because a copy would cost more than the",
@@ -45,7 +45,7 @@ void set_mask(const char* op, const Tensor& mask, const Tensor& query, int64_t k
       PPNET_CHECK(false, op, ": mask has dtype ", torch::headeronly::toString(mask.scalar_type()),
                   "; allowed are Bool (true: attend), Float, BFloat16, Half and Double (added to the scores)");
   }
-  check_same_device(op, "mask", mask, query, cuda);
+  check_same_device(op, "mask", mask, query);
   const int64_t full[] = {query.size(0), query.size(1), query.size(2), keys};
   bool fits = mask.dim() >= 1 && mask.dim() <= 4;
   for (int64_t d = 0; fits && d < mask.dim(); ++d) {
@@ -66,7 +66,7 @@ void set_rows(const Tensor& t, const char*& data, int64_t* stride) {
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size,
                   const char* meaning, const Tensor& query, bool cuda) {
   check_dtype(op, name, t, dtype, dtype == ScalarType::Long ? "integers are int64" : "gates are float32");
-  check_same_device(op, name, t, query, cuda);
+  check_same_device(op, name, t, query);
   expect_shape(op, name, t, {size}, meaning);
 }
 

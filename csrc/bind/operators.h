@@ -6,14 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "decode.h"
+#include "decode_jobs.h"
 
 namespace ppnet::cpu {
-
-// What the arguments of a linear layer are called in errors.
-struct LinearNames {
-  std::string weight = "weight", bias = "bias", idx = "idx", z = "z";
-};
 
 Tensor rms_norm(const char* op, const Tensor& x, const Tensor& weight, double eps, const char* weight_name = "weight");
 std::vector<Tensor> linears_decode(const char* op, const Tensor& x, const std::vector<Tensor>& weight,

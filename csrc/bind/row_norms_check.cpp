@@ -8,7 +8,7 @@ std::vector<NormItem> check_row_norms(const char* op, const Tensors& weight, con
   check_lengths(op, weight.size(), "weight", {{"input_scale", scale.size()}, {"dim", dim.size()}});
   std::vector<NormItem> items;
   for (size_t i = 0; i < weight.size(); ++i) {
-    check_same_device(op, at("weight", i), weight[i], weight[0], cuda);
+    check_same_device(op, at("weight", i), weight[i], weight[0]);
     check_matrix(op, at("weight", i), weight[i], dim[i], i);
     NormItem item;
     item.matrix = orient(weight[i], dim[i], prefers_transpose(weight[i]));
@@ -18,7 +18,7 @@ std::vector<NormItem> check_row_norms(const char* op, const Tensors& weight, con
     if (item.scaled) {
       PPNET_CHECK(!vector, op, ": ", at("input_scale", i), " has shape ", shape(scale[i]), ", but ",
                   at("weight", i), " is 1-D and has no features to scale; it must be empty");
-      check_same_device(op, at("input_scale", i), scale[i], weight[0], cuda);
+      check_same_device(op, at("input_scale", i), scale[i], weight[0]);
       check_shape(op, at("input_scale", i), scale[i], {item.features()}, "(D,), or empty for no scale,");
       check_dtype(op, at("input_scale", i), scale[i], arithmetic(weight[i].scalar_type()), "the dtype of the norms");
       item.scale = scale[i].is_contiguous() ? scale[i] : torch::stable::contiguous(scale[i]);
@@ -31,7 +31,7 @@ std::vector<NormItem> check_row_norms(const char* op, const Tensors& weight, con
 void check_unit_gradient(const char* op, size_t i, const NormItem& item, Tensor& grad, Tensor& norm,
                          const Tensor& weight, bool cuda) {
   for (auto [name, t] : {std::pair{"grad", &grad}, std::pair{"norm", &norm}}) {
-    check_same_device(op, at(name, i), *t, weight, cuda);
+    check_same_device(op, at(name, i), *t, weight);
     check_shape(op, at(name, i), *t, {item.units()}, "that of the norms");
     check_dtype(op, at(name, i), *t, arithmetic(weight.scalar_type()), "the dtype of the norms");
     if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
