@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_attention_fused_backward_cuda(
   g.dvalue = heads(dvalue.target);
   g.rows = workspace.mutable_data_ptr<float>();
   g.partial = gate ? g.rows + 2 * p.batch * p.heads * p.tokens : nullptr;
-  g.dgate = dgate.mutable_data_ptr<float>();
+  g.dgate = gate ? dgate.mutable_data_ptr<float>() : nullptr;
   const int error = cuda::gated_attention_backward(p, g, device.index(), device.stream());
   PPNET_CHECK(error == 0, kOp, ": ", cuda::error_string(error));
   return {dquery, dkey.finish(), dvalue.finish(), dgate};

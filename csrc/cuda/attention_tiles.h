@@ -77,7 +77,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kColumnTiles
   const int lane = threadIdx.x % 32;
   a += lane % 16 * kStride<kWidth> + lane / 16 * 8;
   b += (lane / 16 * 8 + lane % 8) * kStride<kWidth> + lane / 8 % 2 * 8;
-#pragma unroll
+  // Unrolled further, operands read ahead take the registers that sums of width 256 leave.
+#pragma unroll(kWidth > 128 ? 4 : kWidth / 16)
   for (int k = 0; k < kWidth; k += 16) {
     uint32_t left[kRowTiles][4];
 #pragma unroll

@@ -42,8 +42,8 @@ struct GatedAttention {
 struct GatedAttentionGradients {
   Heads dout, dquery, dkey, dvalue;
   float* rows;     // workspace, (2, B, H, T): logarithms to base 2, and rowsum(dout * out)
-  float* partial;  // workspace, gated_attention_partials(p): the gate's gradient by block; null: none is wanted
-  float* dgate;    // (kept)
+  float* partial;  // workspace, gated_attention_partials(p): the gate's gradient by block
+  float* dgate;    // (kept); null, and partial too: it is not wanted
 };
 
 int64_t gated_attention_partials(const GatedAttention& p);

@@ -47,7 +47,7 @@ def fused(
         used = _used(mask, query.shape[2], key.shape[2], is_causal, window).expand(query.shape[0], key.shape[2])
         if mask.dtype == torch.bool and mask.shape[1] == mask.shape[2] == 1:
             mask = None
-    gate = None if gate is None else gate.float()
+    gate = None if gate is None else gate.to(wide(query))
     return torch.ops.ppnet.gated_attention_fused(query, key, value, gate, groups, mask, used, is_causal, scale, window)[
         0
     ]
@@ -91,6 +91,9 @@ class _Softmax:
         window: int,
     ) -> None:
         dtype, tokens, keys = wide(query), query.shape[2], key.shape[2]
+        if window:  # keys before every window
+            seen = torch.arange(keys, device=key.device) > keys - tokens - window
+            used = seen.expand(key.shape[0], keys) if used is None else used & seen
         kept = torch.arange(key.shape[1], device=key.device) if groups is None else groups
         self.kept, self.repeat = kept, query.shape[1] // max(1, len(kept))
         self.query, self.key, self.value = query.to(dtype), self._per_head(key, used), self._per_head(value, used)
@@ -130,12 +133,14 @@ def _backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Ten
     dweights = dout @ softmax.value.transpose(-1, -2)
     through = (softmax.weights * dweights).sum(-1, keepdim=True)
     dscores = softmax.gate * softmax.weights * (dweights - through) * scale
-    dgate = through.sum((0, 2, 3)).unflatten(0, (len(softmax.kept), -1)).sum(1) if gate is not None and len(gate) else None
+    dgate = query.new_zeros(0, dtype=torch.float32) if gate is None else torch.zeros_like(gate)
+    if gate is not None and len(gate):
+        dgate += through.sum((0, 2, 3)).unflatten(0, (len(gate), -1)).sum(1)
     return (
         empty_by_token(query).copy_(dscores @ softmax.key),
         softmax.per_group(dscores.transpose(-1, -2) @ softmax.query, key),
         softmax.per_group(softmax.weights.transpose(-1, -2) @ dout * softmax.gate, value),
-        query.new_zeros(0 if gate is None else len(gate), dtype=torch.float32) if dgate is None else dgate.float(),
+        dgate,
     )
 
 
@@ -148,7 +153,7 @@ def _forward_fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _backward_fake(
     dout: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dgate = query.new_empty((0,) if gate is None else gate.shape, dtype=torch.float32)
+    dgate = query.new_empty(0, dtype=torch.float32) if gate is None else torch.empty_like(gate)
     return empty_by_token(query), torch.empty_like(key), torch.empty_like(value), dgate
 
 
