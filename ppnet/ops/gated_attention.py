@@ -4,7 +4,8 @@
 
 with g = h // (H / Hkv). Two paths compute it, chosen by `attention_path` from shapes, dtype and processor alone:
 "sdpa" is torch's flash attention for the CPU; "gemm" is two batched matrix products (three more in the backward) with a
-softmax between, a block of queries at a time. `attention_path` says why.
+softmax between, a block of queries at a time. `attention_path` says why. A third one is for NVIDIA GPUs and chosen by
+the caller alone: "fused", one kernel of our own (gated_attention_fused.py).
 """
 
 from dataclasses import replace
@@ -12,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ppnet.ops.gated_attention_fused import fused
 from ppnet.ops.gated_attention_gemm import Rules, attended, empty_by_token, gemm, gemm_backward, wide
 from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
@@ -56,12 +58,16 @@ def gated_attention(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    groups: Tensor | None = None,
+    path: str | None = None,
 ) -> Tensor:
     """Attention of T queries over S keys; differentiable in query, key, value and gate.
 
     query: (B, H, T, Dh); key, value: (B, Hkv, S, Dh), H a multiple of Hkv, one floating dtype, any strides.
     gate: (Hkv,), factors of the groups' outputs. It is folded into value (one more rounding of value where it is not
     0 or 1), so that its gradient, ⟨dvalue, value⟩, is exact at gate = 0 and costs no pass over the output.
+    groups: (G,) int64, the KV heads that are used, in the order of query's heads (H is a multiple of G, gate is (G,));
+    None: all. Their key and value are gathered, but "fused" reads them where they are.
     mask: bool (true: attend) or floating (added to the scores; not differentiated), broadcastable to (B, H, T, S). -inf
     and the lowest finite value of the mask's dtype mean "do not attend"; keys and values that no query of a sequence
     attends to may hold anything, NaN included.
@@ -77,16 +83,27 @@ def gated_attention(
     and its dkey and dvalue in float32, one of them twice. "sdpa", where mask, window or T != S need a bias: the bias,
     and three bools as large; per thread a float32 block of 256 queries by 512 keys and their outputs (2 blocks in the
     backward); in the backward copies of the gradients. A copy of what is not contiguous along Dh.
+    path: None, what attention_path says; or "fused": one kernel on NVIDIA GPUs, for bfloat16 and float16 and Dh a multiple
+    of 8 up to 256 (elsewhere plain torch computes the same in float32, all scores at once). It applies the gate to the
+    float32 sums. Workspace: copies of what has rows that are not aligned to 16 bytes; bools of the mask's size for masks
+    that differ between queries or heads (masks of keys alone cost nothing, and such keys are not read); in the backward
+    2 floats per head and query.
     Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
-    _check(query, key, value, gate, mask, window)
+    _check(query, key, value, gate, mask, window, groups)
+    if path not in (None, "fused"):
+        raise RuntimeError(f'gated_attention: path is "{path}"; allowed are "fused" and None')
     device = query.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    scale = _default_scale(query) if scale is None else scale
+    if path == "fused":
+        return fused(query, key, value, gate, groups, mask, is_causal, scale, window or 0)
+    if groups is not None:
+        key, value = key.index_select(1, groups), value.index_select(1, groups)
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
-    scale = _default_scale(query) if scale is None else scale
     return torch.ops.ppnet.gated_attention(query, key, value, mask, is_causal, scale, window or 0)[0]
 
 
@@ -100,8 +117,11 @@ def gated_attention_ref(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """gated_attention in plain torch, as transformers' eager attention computes it: products in query's dtype."""
+    if groups is not None:
+        key, value = key.index_select(1, groups), value.index_select(1, groups)
     repeat = query.shape[1] // max(1, key.shape[1])
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
@@ -122,9 +142,15 @@ def _default_scale(query: Tensor) -> float:
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    window: int | None,
+    groups: Tensor | None,
 ) -> None:
-    same_device("gated_attention", query=query, key=key, value=value, gate=gate, mask=mask)
+    same_device("gated_attention", query=query, key=key, value=value, gate=gate, mask=mask, groups=groups)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4 or not t.is_floating_point():
             raise RuntimeError(
@@ -140,12 +166,19 @@ def _check(
                 f"gated_attention: {name} has shape {tuple(t.shape)} and dtype {t.dtype}; it must be (B, Hkv, S, Dh) = "
                 f"{(batch, kv_heads, keys, width)} and {query.dtype}, as query {tuple(query.shape)}"
             )
+    if groups is not None:
+        if groups.dim() != 1 or groups.dtype != torch.int64:
+            raise RuntimeError(
+                f"gated_attention: groups has shape {tuple(groups.shape)} and dtype {groups.dtype}; it must be (G,) int64"
+            )
+        kv_heads = len(groups)
     if heads % max(1, kv_heads) or (kv_heads == 0 and heads):
-        raise RuntimeError(f"gated_attention: query has {heads} heads, which is no multiple of key's {kv_heads}")
+        what = "key's" if groups is None else "the groups'"
+        raise RuntimeError(f"gated_attention: query has {heads} heads, which is no multiple of {what} {kv_heads}")
     if gate is not None and (gate.shape != (kv_heads,) or not gate.is_floating_point()):
         raise RuntimeError(
-            f"gated_attention: gate has shape {tuple(gate.shape)} and dtype {gate.dtype}; it must be (Hkv,) = "
-            f"({kv_heads},) and floating"
+            f"gated_attention: gate has shape {tuple(gate.shape)} and dtype {gate.dtype}; it must be "
+            f"{'(Hkv,)' if groups is None else '(G,)'} = ({kv_heads},) and floating"
         )
     if window is not None and window < 1:
         raise RuntimeError(f"gated_attention: window is {window}; allowed are positions >= 1, or None")
