@@ -18,11 +18,12 @@ using Optional = std::optional<Tensor>;
 
 constexpr const char* kOp = "gated_mlp_fused";
 constexpr int64_t kMostSplits = 1024;
+constexpr int64_t kMostSize = 1 << 30;
 
 int64_t round_up(int64_t n) { return (n + 7) / 8 * 8; }
 
 int32_t size_of(const char* name, const Tensor& t, int64_t d) {
-  PPNET_CHECK(t.size(d) <= INT32_MAX, kOp, ": ", name, " has shape ", shape(t), "; no size may be above ", INT32_MAX);
+  PPNET_CHECK(t.size(d) <= kMostSize, kOp, ": ", name, " has shape ", shape(t), "; no size may be above ", kMostSize);
   return static_cast<int32_t>(t.size(d));
 }
 
@@ -55,7 +56,7 @@ void choose(cuda::GatedMlp& job, int64_t tile, int64_t split) {
   PPNET_CHECK(tile >= 0 && tile <= 3, kOp, ": tile is ", tile,
               "; allowed are 1 (32x64), 2 (64x128), 3 (128x128) and 0, by size");
   PPNET_CHECK(split >= 0 && split <= kMostSplits, kOp, ": split is ", split, "; allowed are 0, by size, to ", kMostSplits);
-  job.plan = cuda::gated_mlp_plan(job.tokens, job.width, job.out_width, job.kept, job.gate != nullptr);
+  job.plan = cuda::gated_mlp_plan(job.tokens, job.width, job.out_width, job.kept, job.gated);
   if (tile > 0) job.plan.hidden = job.plan.down = static_cast<cuda::MlpTile>(tile);
   // No part is empty: 64 neurons are a step.
   if (split > 0) job.plan.splits = static_cast<int32_t>(std::min<int64_t>(split, (int64_t{job.kept} + 63) / 64));
@@ -74,6 +75,7 @@ Tensor gated_mlp_fused_cuda(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   cuda::GatedMlp job{};
   job.dtype = dtype_of(x);
   job.act = act_named(kOp, act);
+  job.gated = gate.has_value();
   job.tokens = size_of("x", x, 0);
   job.width = size_of("up", up, 1);
   job.units = size_of("up", up, 0);

@@ -6,8 +6,8 @@
 namespace ppnet::cuda {
 namespace {
 
-// 72 KB to 96 KB of shared memory: two or three blocks on an SM of an H200, one on any other GPU (99 KB).
-using Tile32 = Tile<32, 64, 6, 3>;
+// 60 KB to 96 KB of shared memory, and up to 4 KB of lists: two or three blocks on an SM of an H200, one on any other GPU (99 KB).
+using Tile32 = Tile<32, 64, 5, 3>;
 using Tile64 = Tile<64, 128, 3, 3>;
 using Tile128 = Tile<128, 128, 3, 2>;
 
@@ -165,34 +165,39 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) down_kernel(const
   const int begin = static_cast<int>(all * split / job.plan.splits);
   const int steps = static_cast<int>(all * (split + 1) / job.plan.splits) - begin;
 
-  constexpr int kCopies = kDepth / kRowsAtOnce;
-  int unit[kCopies];  // of the step that is loaded next; -1: none
-  const auto fetch = [&](int step) {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int n = (begin + step) * kDepth + threadIdx.x / 8 + i * kRowsAtOnce;
-      unit[i] = n < job.kept ? unit_of(job, n) : -1;
+  // The neurons of the next steps, by asynchronous copies too. Those that load(step) starts to copy have arrived when they
+  // are used, kStages - 1 steps later: multiply has waited for that step's copies by then.
+  constexpr int kAhead = Tile::kStages - 1, kSteps = 2 * kAhead;
+  __shared__ int64_t units[kSteps][kDepth];
+  if (job.idx)
+    for (int i = threadIdx.x; i < kAhead * kDepth; i += kTileThreads) {
+      const int n = begin * kDepth + i;
+      units[i / kDepth][i % kDepth] = n < job.kept ? job.idx[n] : 0;
     }
-  };
+  __syncthreads();
+
   RowCopies<Tile::kRows, true, T> h(static_cast<const T*>(job.h), job.h_stride, row, job.tokens, begin * kDepth,
                                     job.kept);
   const auto load = [&](T* to, int step) {
     h.start(to);
     to += Tile::kRows * kDepth;
-    const int chunk = threadIdx.x % 8;
+    const int r = threadIdx.x / 8, chunk = threadIdx.x % 8, first = (begin + step) * kDepth;
+    const int next = first + kAhead * kDepth + threadIdx.x;
+    if (job.idx && threadIdx.x < kDepth)
+      cp_async<8>(&units[(step + kAhead) % kSteps][threadIdx.x], next < job.kept ? job.idx + next : job.idx,
+                  next < job.kept ? 8 : 0);
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int64_t f = max(unit[i], 0);
+    for (int i = 0; i < kDepth / kRowsAtOnce; ++i) {
+      const int n = first + r + i * kRowsAtOnce;
+      const int64_t f = !job.idx ? min(n, job.kept - 1) : units[step % kSteps][r + i * kRowsAtOnce];
+      const T* from = static_cast<const T*>(job.down) + f * job.down_stride + col + chunk * kChunk;
+      const int left = n < job.kept ? job.out_width - col - chunk * kChunk : 0;
 #pragma unroll
       for (int panel = 0; panel < Tile::kCols / kDepth; ++panel)
-        copy_chunk<kVector>(
-            to + panel * (kDepth * kDepth) + swizzled(threadIdx.x / 8 + i * kRowsAtOnce, chunk),
-            static_cast<const T*>(job.down) + f * job.down_stride + col + panel * kDepth + chunk * kChunk,
-            unit[i] < 0 ? 0 : job.out_width - col - panel * kDepth - chunk * kChunk);
+        copy_chunk<kVector>(to + panel * (kDepth * kDepth) + swizzled(r + i * kRowsAtOnce, chunk), from + panel * kDepth,
+                            left - panel * kDepth);
     }
-    if (step + 1 < steps) fetch(step + 1);
   };
-  fetch(0);
   Sums<Tile> sums{};
   multiply<Tile, true>(sums, shared, steps, load);
 
@@ -280,8 +285,8 @@ cudaError_t launch_tiles(void (*kernel)(GatedMlp), int64_t blocks, int shared_by
 
 template <class T, class Tile, bool kVector>
 cudaError_t hidden(const GatedMlp& job, cudaStream_t stream) {
-  const int64_t blocks = tiles<Tile>(job.tokens, int64_t{job.kept} * (job.gate ? 2 : 1));
-  const auto kernel = job.gate ? hidden_kernel<T, Tile, true, kVector> : hidden_kernel<T, Tile, false, kVector>;
+  const int64_t blocks = tiles<Tile>(job.tokens, int64_t{job.kept} * (job.gated ? 2 : 1));
+  const auto kernel = job.gated ? hidden_kernel<T, Tile, true, kVector> : hidden_kernel<T, Tile, false, kVector>;
   return launch_tiles(kernel, blocks, Tile::kSharedBytes, job, stream);
 }
 
@@ -303,7 +308,7 @@ cudaError_t run(const GatedMlp& job, cudaStream_t stream) {
   if (job.plan.splits == 0) return sum<T>(job, stream);
   cudaError_t error;
   if (!rows_aligned(job.x, job.x_stride) || !rows_aligned(job.up, job.up_stride) ||
-      (job.gate && !rows_aligned(job.gate, job.gate_stride)))
+      (job.gated && !rows_aligned(job.gate, job.gate_stride)))
     error = hidden<T, Tile32, false>(job, stream);
   else if (job.plan.hidden == MlpTile::t32x64) error = hidden<T, Tile32, true>(job, stream);
   else if (job.plan.hidden == MlpTile::t64x128) error = hidden<T, Tile64, true>(job, stream);

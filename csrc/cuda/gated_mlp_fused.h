@@ -17,9 +17,9 @@ struct MlpPlan {
 };
 
 // y (T, N) = h down[idx] + down_bias with h (T, K) = z · act(x gate[idx]ᵀ + gate_bias) · (x up[idx]ᵀ + up_bias).
-// bf16 or f16 throughout, sums in float. Rows are contiguous, strides in elements. Sizes are below 2³¹.
+// bf16 or f16 throughout, sums in float. Rows are contiguous, strides in elements. Sizes are at most 2³⁰.
 struct GatedMlp {
-  const void *x, *up, *gate, *down;  // (T, D), (F, D), (F, D) or null, (F, N)
+  const void *x, *up, *gate, *down;  // (T, D), (F, D), (F, D), (F, N)
   const void *up_bias, *gate_bias, *down_bias;  // (F), (F), (N), each or null
   const int64_t* idx;                // (K), or null: all
   const float* z;                    // (K), or null: 1
@@ -30,6 +30,7 @@ struct GatedMlp {
   int32_t tokens, width, out_width, units, kept;  // T, D, N, F, K
   Dtype dtype;
   Act act;
+  bool gated;  // by a matrix; its pointer may be null where there are no neurons or features
   MlpPlan plan;
 };
 
