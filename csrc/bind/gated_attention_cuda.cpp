@@ -40,7 +40,8 @@ cuda::Heads heads(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-void check_rows(const char* name, const Tensor& t, const Tensor& query, const int64_t (&sizes)[4], const char* meaning) {
+void check_rows(const char* name, const Tensor& t, const Tensor& query, const int64_t (&sizes)[4],
+                const char* meaning) {
   check_device(kOp, name, t, query);
   check_dtype(kOp, name, t, query.scalar_type(), "the dtype of query");
   check_shape(kOp, name, t, {sizes[0], sizes[1], sizes[2], sizes[3]}, meaning);
@@ -106,8 +107,9 @@ struct Arguments {
       const int64_t full[] = {query.size(0), query.size(1), query.size(2), key.size(2)};
       bool fits = mask->dim() == 4;
       for (int64_t d = 0; fits && d < 4; ++d) fits = mask->size(d) == 1 || mask->size(d) == full[d];
-      PPNET_CHECK(fits, kOp, ": mask has shape ", shape(*mask), "; it must have four axes and broadcast to (B, H, T, S)",
-                  " = (", full[0], ", ", full[1], ", ", full[2], ", ", full[3], ")");
+      PPNET_CHECK(fits, kOp, ": mask has shape ", shape(*mask),
+                  "; it must have four axes and broadcast to (B, H, T, S) = (", full[0], ", ", full[1], ", ", full[2],
+                  ", ", full[3], ")");
     }
     if (used) {
       check_device(kOp, "used", *used, query);

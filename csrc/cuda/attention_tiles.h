@@ -128,7 +128,7 @@ __device__ __forceinline__ void pack_tiles(uint32_t (&w)[kRowTiles][kColumnTiles
     }
 }
 
-// --- which keys a query attends to ------------------------------------------------------------------------------------
+// --- which keys a query attends to ----------------------------------------------------------------------------------
 
 struct Span {
   int begin, end;
@@ -229,7 +229,7 @@ __device__ __forceinline__ void apply_rules(float (&score)[kRowTiles][kColumnTil
   }
 }
 
-// --- work ---------------------------------------------------------------------------------------------------------------
+// --- work -----------------------------------------------------------------------------------------------------------
 
 template <class T>
 __device__ __forceinline__ T* rows_of(const Heads& t, int64_t b, int64_t head) {
@@ -277,7 +277,8 @@ cudaError_t for_width(int width, Run run) {
 template <class Run>
 cudaError_t for_case(const GatedAttention& p, Run run) {
   const bool half = p.dtype == Dtype::f16;
-  if (p.mask || p.used) return half ? for_width<__half, true>(p.width, run) : for_width<__nv_bfloat16, true>(p.width, run);
+  if (p.mask || p.used)
+    return half ? for_width<__half, true>(p.width, run) : for_width<__nv_bfloat16, true>(p.width, run);
   return half ? for_width<__half, false>(p.width, run) : for_width<__nv_bfloat16, false>(p.width, run);
 }
 

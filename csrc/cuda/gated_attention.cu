@@ -6,8 +6,8 @@ namespace ppnet::cuda {
 namespace {
 
 // 32 rows of queries to a warp halve what is read of keys and values from shared memory, where the sums leave registers
-// for it. Shared memory: 36 KB at width 64, 53 KB at 96, 69 KB at 128: two blocks to an SM of sm_80; 99 KB at 256, which
-// is all that sm_89 and sm_120 have.
+// for it. Shared memory: 36 KB at width 64, 52 KB at 96, 68 KB at 128: two blocks to an SM of sm_80; 99 KB at 256, all
+// that sm_89 and sm_120 have.
 template <int kWidth, bool kMasked>
 struct Forward {
   static constexpr int kRowTiles = kWidth <= 128 && !kMasked ? 2 : 1;

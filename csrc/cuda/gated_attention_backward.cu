@@ -1,5 +1,5 @@
-// Fused attention, backward. A block takes queries through their keys for dquery, another keys through their queries for
-// dkey and dvalue: weights are computed twice, but every sum has one owner and one order, without atomics.
+// Fused attention, backward. A block takes queries through their keys for dquery, another keys through their queries
+// for dkey and dvalue: weights are computed twice, but every sum has one owner and one order, without atomics.
 //
 //   w = 2^(score - lse)   dweight = dout · valueᵀ   D = rowsum(dout * out)   dscore = w * (gate * dweight - D)
 //   dquery = scale * dscore · key   dkey = scale * dscoreᵀ · query   dvalue = (gate * w)ᵀ · dout
@@ -12,8 +12,8 @@ namespace {
 // Below, D / gate would lose digits that rounding took from a small out: the gradient is summed from the weights.
 constexpr float kSmallGate = 0.0625f;
 
-// Shared memory holds two tiles of rows, and two stages of two tiles of columns: 72 KB at width 64, 78 at 96, 68 at 128,
-// two blocks to an SM of sm_80; 99 KB at 256, which is all that sm_89 and sm_120 have.
+// Shared memory holds two tiles of rows, and two stages of two tiles of columns: 54 KB at width 64, 78 or 52 at 96, 68
+// at 128, two blocks to an SM of sm_80; 99 KB at 256, all that sm_89 and sm_120 have: nothing else may stand there.
 template <int kWidth, int kTiles>
 struct Backward {
   static constexpr int kRowTiles = kTiles;
@@ -28,14 +28,14 @@ using OfQueries = Backward<kWidth, kWidth <= 96 && !kMasked ? 2 : 1>;
 template <int kWidth, bool kMasked>
 using OfKeys = Backward<kWidth, kWidth <= 64 && !kMasked ? 2 : 1>;
 
-// --- D, and lse to base 2 -----------------------------------------------------------------------------------------------
+// --- D, and lse to base 2 -------------------------------------------------------------------------------------------
 
 constexpr int kRowThreads = 256;
 constexpr int kRowLanes = 8;  // of a row: 128 bytes at a time
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(const __grid_constant__ GatedAttention p,
-                                                                     const __grid_constant__ GatedAttentionGradients g) {
+__global__ void __launch_bounds__(kRowThreads)
+    attention_rows_kernel(const __grid_constant__ GatedAttention p, const __grid_constant__ GatedAttentionGradients g) {
   const int64_t n = p.batch * p.heads * p.tokens;
   const int64_t row = int64_t(blockIdx.x) * (kRowThreads / kRowLanes) + threadIdx.x / kRowLanes;
   float sum = 0;
@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(const __gri
   g.rows[n + row] = sum;
 }
 
-// --- dquery, and the gate's gradient by block -----------------------------------------------------------------------------
+// --- dquery, and the gate's gradient by block -----------------------------------------------------------------------
 
 template <class T, int kWidth, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 2)
-    attention_dquery_kernel(const __grid_constant__ GatedAttention p, const __grid_constant__ GatedAttentionGradients g) {
+    attention_dquery_kernel(const __grid_constant__ GatedAttention p,
+                            const __grid_constant__ GatedAttentionGradients g) {
   using F = OfQueries<kWidth, kMasked>;
   constexpr int kRowTiles = F::kRowTiles, kKeys = F::kColumns, kTile = F::kTile;
-  __shared__ float warp_sums[kWarps];
   T* const queries = dynamic_shared<T>();
   T* const douts = queries + F::kRows * kStride<kWidth>;
   T* const tiles = douts + F::kRows * kStride<kWidth>;
@@ -149,6 +149,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   float part = from_weights ? through : lane % 4 == 0 ? delta_sum / gate : 0;
 #pragma unroll
   for (int width = 16; width > 0; width /= 2) part += __shfl_xor_sync(0xffffffffu, part, width);
+  float* const warp_sums = reinterpret_cast<float*>(tiles);
+  __syncthreads();  // nobody reads the tiles any more
   if (lane == 0) warp_sums[warp] = part;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -179,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) attention_dgate_kernel(const __grid_
   g.dgate[blockIdx.x] = sum;
 }
 
-// --- dkey and dvalue ------------------------------------------------------------------------------------------------------
+// --- dkey and dvalue ------------------------------------------------------------------------------------------------
 
 enum class Wanted { both, dkey, dvalue };
 
@@ -190,10 +192,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     attention_dkey_kernel(const __grid_constant__ GatedAttention p, const __grid_constant__ GatedAttentionGradients g) {
   using F = OfKeys<kWidth, kMasked>;
   constexpr int kRowTiles = F::kRowTiles, kQueries = F::kColumns, kTile = F::kTile;
-  // At a time: what the registers hold beside the sums. Less of it spilled nothing on sm_100.
+  // At a time: what the registers hold beside the sums without spills, on sm_100 too.
   constexpr int kPart = kRowTiles == 2 || (kWidth == 128 && kMasked) ? 16 : kQueries;
   constexpr bool kKey = kWanted != Wanted::dvalue, kValue = kWanted != Wanted::dkey;
-  __shared__ float columns[2][2][kQueries];  // stages of lse and D
   T* const keys = dynamic_shared<T>();
   T* const values = keys + F::kRows * kStride<kWidth>;
   T* const tiles = values + F::kRows * kStride<kWidth>;
@@ -207,17 +208,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* const own_value = values + warp * F::kWarpRows * kStride<kWidth>;
 
   const Span span = queries_of(p, first, min(first + F::kRows, p.keys) - 1);
+  // lse and D of a query stand in the padding of its row and of its row of dout.
+  const auto column = [&](int stage, int which, int i) {
+    return reinterpret_cast<float*>(tiles + (2 * stage + which) * kTile + i * kStride<kWidth> + kWidth);
+  };
   const auto load = [&](int64_t h, int t, int stage) {
     const auto inside = [&](int x) { return x < span.end; };
     load_rows<kWidth, kQueries>(tiles + 2 * stage * kTile, rows_of<const T>(p.query, b, h), p.query.row, t, p.width,
                                 inside);
-    load_rows<kWidth, kQueries>(tiles + (2 * stage + 1) * kTile, rows_of<const T>(g.dout, b, h), g.dout.row, t, p.width,
-                                inside);
+    load_rows<kWidth, kQueries>(tiles + (2 * stage + 1) * kTile, rows_of<const T>(g.dout, b, h), g.dout.row, t,
+                                p.width, inside);
     if (threadIdx.x < 2 * kQueries) {
       const int which = threadIdx.x / kQueries, i = threadIdx.x % kQueries;
       const bool there = t + i < span.end;
       const float* from = g.rows + which * n + (b * p.heads + h) * p.tokens + t + i;
-      cp_async<4>(&columns[stage][which][i], there ? from : g.rows, there ? 4 : 0);
+      cp_async<4>(column(stage, which, i), there ? from : g.rows, there ? 4 : 0);
     }
     cp_async_commit();
   };
@@ -245,8 +250,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (next_head < end) load(next_head, next, stage ^ 1);
       const T* const queries = tiles + 2 * stage * kTile;
       const T* const douts = queries + kTile;
-      const float* const lse = columns[stage][0] + lane % 4 * 2;
-      const float* const delta = columns[stage][1] + lane % 4 * 2;
+      const auto lse = [&](int i) { return *column(stage, 0, lane % 4 * 2 + i); };
+      const auto delta = [&](int i) { return *column(stage, 1, lane % 4 * 2 + i); };
 
 #pragma unroll 1
       for (int c = 0; c < kQueries; c += kPart) {
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
           for (int i = 0; i < kPart / 8; ++i) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) weight[r][i][e] = exp2_approx(weight[r][i][e] - lse[c + 8 * i + e % 2]);
+            for (int e = 0; e < 4; ++e) weight[r][i][e] = exp2_approx(weight[r][i][e] - lse(c + 8 * i + e % 2));
             packed[r][i][0] = pack<T>(weight[r][i][0] * gate, weight[r][i][1] * gate);
             packed[r][i][1] = pack<T>(weight[r][i][2] * gate, weight[r][i][3] * gate);
           }
@@ -273,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int i = 0; i < kPart / 8; ++i)
 #pragma unroll
-              for (int e = 0; e < 4; ++e) weight[r][i][e] *= gate * dweight[r][i][e] - delta[c + 8 * i + e % 2];
+              for (int e = 0; e < 4; ++e) weight[r][i][e] *= gate * dweight[r][i][e] - delta(c + 8 * i + e % 2);
           pack_tiles<T>(packed, weight);
           multiply_columns<T, kWidth>(dkey, packed, queries + at);
         }

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ppnet.ops.gated_attention_fused import fused
 from ppnet.ops.gated_attention_gemm import Rules, attended, empty_by_token, gemm, gemm_backward, wide
@@ -38,7 +39,8 @@ def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
     oneDNN's products use the processor's bf16 units, and those inside torch's flash attention do not. On 2 cores, 16
     heads of 64 to 128, S of 512 to 1024, it took 62 to 83 % of the time forward, and 60 to 110 % with the backward.
     It rounds scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: blocks of float32
-    products took up to 1.8 times as long, flash attention itself uses AMX, and other devices choose themselves.
+    products took up to 1.8 times as long, flash attention itself uses AMX, and on GPUs torch's SDPA chooses among its
+    kernels. "fused" is never chosen here: no GPU has measured it yet.
     """
     bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not bf16 or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
@@ -83,11 +85,11 @@ def gated_attention(
     and its dkey and dvalue in float32, one of them twice. "sdpa", where mask, window or T != S need a bias: the bias,
     and three bools as large; per thread a float32 block of 256 queries by 512 keys and their outputs (2 blocks in the
     backward); in the backward copies of the gradients. A copy of what is not contiguous along Dh.
-    path: None, what attention_path says; or "fused": one kernel on NVIDIA GPUs, for bfloat16 and float16 and Dh a multiple
-    of 8 up to 256 (elsewhere plain torch computes the same in float32, all scores at once). It applies the gate to the
-    float32 sums. Workspace: copies of what has rows that are not aligned to 16 bytes; bools of the mask's size for masks
-    that differ between queries or heads (masks of keys alone cost nothing, and such keys are not read); in the backward
-    2 floats per head and query.
+    path: None, what attention_path says; or "fused": one kernel on NVIDIA GPUs, for bfloat16 and float16 and Dh a
+    multiple of 8 up to 256 (elsewhere plain torch computes the same in float32, all scores at once). It applies the
+    gate to the float32 sums. Workspace: copies of what has rows that are not aligned to 16 bytes; bools of the mask's
+    size for masks that differ between queries or heads (masks of keys alone cost nothing, and what they hide is not
+    read); in the backward 2 floats per query and head, and one per 64 or 128 of them with a gate.
     Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
@@ -104,6 +106,8 @@ def gated_attention(
         key, value = key.index_select(1, groups), value.index_select(1, groups)
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
+    if device == "cuda":
+        return _scaled_dot_product(query, key, value, Rules(mask, is_causal, scale, window or 0))
     return torch.ops.ppnet.gated_attention(query, key, value, mask, is_causal, scale, window or 0)[0]
 
 
@@ -169,7 +173,8 @@ def _check(
     if groups is not None:
         if groups.dim() != 1 or groups.dtype != torch.int64:
             raise RuntimeError(
-                f"gated_attention: groups has shape {tuple(groups.shape)} and dtype {groups.dtype}; it must be (G,) int64"
+                f"gated_attention: groups has shape {tuple(groups.shape)} and dtype {groups.dtype}; "
+                "it must be (G,) int64"
             )
         kv_heads = len(groups)
     if heads % max(1, kv_heads) or (kv_heads == 0 and heads):
@@ -223,6 +228,28 @@ def _without_garbage(query: Tensor, key: Tensor, value: Tensor, rules: Rules) ->
         attend = _attend(query, key, replace(rules, mask=mask)) if ruled else attended(mask)
         used = attend.any(2).any(1)[:, None, :, None]
     return torch.where(used, key, 0), torch.where(used, value, 0)
+
+
+# --- torch's own choice, on devices that it has kernels for -----------------------------------------------------------
+
+
+def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+    """torch's SDPA, which differentiates itself: flash attention where no bias is needed."""
+    key, value = _without_garbage(query, key, value, rules)
+    mask, square, alive = rules.mask, query.shape[2] == key.shape[2], None
+    causal = rules.is_causal and square and not rules.window and mask is None
+    bias = None
+    if mask is not None or rules.window or (rules.is_causal and not causal):
+        attend = _attend(query, key, rules)
+        alive = attend.any(-1, keepdim=True)
+        bias = attend | ~alive  # a query that attends to nothing would give NaN: it gets 0 below
+        if mask is not None and mask.dtype != torch.bool:
+            bias = torch.where(attend, mask.to(query.dtype), torch.where(bias, 0, -torch.inf).to(query.dtype))
+    out = scaled_dot_product_attention(
+        query, key, value, bias, 0.0, causal, scale=rules.scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    out = out if alive is None else torch.where(alive, out, 0)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # --- torch's flash attention ------------------------------------------------------------------------------------------

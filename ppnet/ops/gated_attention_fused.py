@@ -5,8 +5,8 @@
 
 with k = h // (H / G), and lse[b, h, t] the logarithm of the softmax's sum. Flash style on mma.sync
 (csrc/cuda/gated_attention.cu), for bfloat16 and float16, Dh a multiple of 8 up to 256 (64, 96, 128 and 256 waste
-nothing). Scores and sums are float32, weights are rounded to query's dtype for the product with value, the gate multiplies
-the float32 sum. Without the kernel plain torch computes the same in float32, every score at once.
+nothing). Scores and sums are float32, weights are rounded to query's dtype for the product with value, the gate
+multiplies the float32 sum. Without the kernel plain torch computes the same in float32, every score at once.
 """
 
 import torch
@@ -37,8 +37,9 @@ def fused(
     scale: float,
     window: int,
 ) -> Tensor:
-    """gated_attention's arguments, checked, to the operator's: masks of keys alone become `used`, which costs nothing;
-    for others it is computed from the mask, with memory of the mask's size, so that keys no query attends to are not read.
+    """Calls the operator with gated_attention's arguments, checked.
+
+    A mask of keys alone becomes `used`, (B, S); of others it is what some query attends to: the rest is not read.
     """
     used = None
     if mask is not None:
@@ -71,7 +72,7 @@ def _allowed(tokens: int, keys: int, is_causal: bool, window: int, device: torch
     return allowed & (position > own - window) if window else allowed
 
 
-# --- the operators, where there is no kernel ----------------------------------------------------------------------------
+# --- the operators, where there is no kernel --------------------------------------------------------------------------
 
 
 class _Softmax:
@@ -127,9 +128,9 @@ def _forward(query: Tensor, *rest) -> tuple[Tensor, Tensor]:
 
 @torch.library.impl(LIBRARY, "gated_attention_fused_backward", "CompositeExplicitAutograd")
 def _backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, *rest):
-    *rest, _out, _lse = rest
-    softmax = _Softmax(query, key, value, gate, *rest)
-    scale, dout = rest[-2], dout.to(softmax.query.dtype)
+    arguments = rest[:-2]  # without out and lse
+    softmax = _Softmax(query, key, value, gate, *arguments)
+    scale, dout = arguments[-2], dout.to(softmax.query.dtype)
     dweights = dout @ softmax.value.transpose(-1, -2)
     through = (softmax.weights * dweights).sum(-1, keepdim=True)
     dscores = softmax.gate * softmax.weights * (dweights - through) * scale

@@ -1,5 +1,7 @@
 """gated_attention(path="fused"): the CUDA kernels against float64, every gradient, masks, windows, groups, garbage."""
 
+import importlib
+
 import emulated
 import pytest
 import torch
@@ -7,6 +9,10 @@ from accuracy import EPSILON, assert_as_accurate
 from any_input import place
 
 from ppnet.ops.gated_attention import gated_attention, gated_attention_ref
+from ppnet.ops.gated_attention_gemm import Rules
+
+# The package holds the function of this name, so that `import ... as` would give that.
+module = importlib.import_module("ppnet.ops.gated_attention")
 
 DTYPES = [torch.bfloat16, torch.float16]
 # B, H, Hkv, T, S, Dh: one to three blocks of queries (128, or 64 of Dh 256 and with masks) and keys (64), ragged edges.
@@ -29,7 +35,7 @@ RULES = [
 
 @pytest.fixture(params=["torch", *(pytest.param(s, marks=emulated.needs_emulator) for s in emulated.SEEDS)])
 def kernels(request):
-    """Plain torch, which computes where there is no kernel; and the CUDA kernels, in several orders of their threads."""
+    """Plain torch, which computes where there is no kernel; the CUDA kernels, in several orders of their threads."""
     if request.param == "torch":
         yield "torch"
     else:
@@ -192,7 +198,7 @@ def test_garbage_where_nothing_attends(rule, kernels):
 
 def test_large_scores_and_small_gates(kernels):
     """Scores of some hundreds overflow no exponential; a gate of 2^-20 leaves nothing of a float16 output."""
-    (query, key, value, gate), dout = tensors((1, 2, 2, 40, 90, 64), torch.float16)
+    (query, key, value, _), dout = tensors((1, 2, 2, 40, 90, 64), torch.float16)
     check([query * 8, key * 8, value, torch.tensor([2.0**-20, 1.0])], dout, torch.float16, is_causal=True)
 
 
@@ -207,9 +213,7 @@ def test_any_layout(layout, kernels):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "shape", [(0, 2, 2, 3, 3, 64), (1, 2, 2, 0, 3, 64), (1, 2, 2, 3, 0, 64), (1, 0, 0, 3, 3, 64)]
-)
+@pytest.mark.parametrize("shape", [(0, 2, 2, 3, 3, 64), (1, 2, 2, 0, 3, 64), (1, 2, 2, 3, 0, 64), (1, 0, 0, 3, 3, 64)])
 def test_empty(shape, kernels):
     leaves, dout = tensors(shape, torch.bfloat16)
     results = with_gradients(fused, leaves, dout, torch.bfloat16)
@@ -236,10 +240,27 @@ def test_the_library_path_takes_groups():
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 2, 20, 20, 16), (1, 2, 2, 30, 9, 16)])
+def test_torchs_sdpa_for_gpus(shape):
+    """What gated_attention calls for CUDA tensors, here on the CPU."""
+
+    def attention(query, key, value, *, gate, mask=None, is_causal=False, scale=None, window=None):
+        rules = Rules(mask, is_causal, module._default_scale(query) if scale is None else scale, window or 0)
+        return module._scaled_dot_product(query, key, (value * gate[:, None, None]).to(value.dtype), rules)
+
+    leaves, dout = tensors(shape, torch.float32)
+    for mask in [None, *masks(shape, torch.float32).values()]:
+        for rule in RULES:
+            ours = with_gradients(attention, leaves, dout, torch.float32, mask=mask, **rule)
+            exact = with_gradients(gated_attention_ref, leaves, dout, torch.float64, mask=mask, **rule)
+            for a, b in zip(ours, exact, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
 def test_gradcheck():
-    (query, key, value, gate), _ = tensors((1, 4, 2, 5, 6, 8), torch.float64)
+    (query, key, value, gate), _ = tensors((1, 2, 2, 3, 4, 4), torch.float64)
     leaves = [t.double().requires_grad_() for t in (query, key, value, gate)]
-    mask = torch.rand(1, 1, 5, 6, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = torch.rand(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)) > 0.3
     for options in ({"mask": mask}, {"is_causal": True}, {"window": 2}, {"groups": torch.tensor([1, 0])}):
         assert torch.autograd.gradcheck(lambda q, k, v, g, options=options: fused(q, k, v, gate=g, **options), leaves)
 
@@ -280,7 +301,10 @@ def test_autocast():
         (dict(query=torch.zeros(2, 4, 5, 16)), r"query has dtype Float; allowed are BFloat16 and Half"),
         (dict(query=torch.zeros(2, 4, 5, 12).half()), r"query has Dh = 12; allowed are multiples of 8 up to 256"),
         (dict(value=torch.zeros(2, 2, 6, 16).half()), r"value has shape .*; it must be the shape of key"),
-        (dict(key=torch.zeros(2, 3, 7, 16).half(), value=torch.zeros(2, 3, 7, 16).half()), r"query has 4 heads for 3 KV groups"),
+        (
+            dict(key=torch.zeros(2, 3, 7, 16).half(), value=torch.zeros(2, 3, 7, 16).half()),
+            r"query has 4 heads for 3 KV groups",
+        ),
         (dict(groups=torch.tensor([[0]])), r"groups has shape \(1, 1\); it must be \(G,\)"),
         (dict(gate=torch.ones(2).half()), r"gate has dtype Half; it must be Float"),
         (dict(mask=torch.ones(5, 7, dtype=torch.bool)), r"mask has shape \(5, 7\); it must have four axes"),
@@ -321,7 +345,9 @@ def test_errors():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 2, 1000, 1333, 64), (2, 8, 2, 700, 700, 128), (1, 4, 2, 500, 900, 256)])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (2, 8, 2, 1000, 1333, 64), (2, 8, 2, 700, 700, 128), (1, 4, 2, 500, 900, 256)]
+)
 def test_gpu(shape, dtype):
     """The kernels of a GPU against the reference in float64 and in dtype, there."""
     leaves, dout = tensors(shape, dtype, device="cuda")
