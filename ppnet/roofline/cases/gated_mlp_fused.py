@@ -1,12 +1,12 @@
 """gated_mlp_fused of a SwiGLU MLP, 16 to 1024 tokens in bf16 over kept neurons of the whole weights.
 
-Against gather_rows with the library's products, an MLP that was compacted beforehand, and all neurons. Off GPUs it is the
-library's path, and there is nothing to measure.
+Against gather_rows with the library's products, an MLP that was compacted beforehand, and all neurons. Off GPUs it is
+the library's path, and there is nothing to measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from ppnet.ops import gated_mlp, gated_mlp_fused
 from ppnet.roofline.case import Case, Providers, Size, copies, each, operator, pick
 
 
-def _swiglu(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+def _swiglu(ts: list[Tensor]) -> Tensor:
+    x, up, gate, down = ts
     return functional.linear(functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down.t())
 
 
@@ -38,26 +39,26 @@ def cases(size: Size, device: torch.device) -> Iterator[Case]:
                         shapes = ((tokens, width), *[(units, width)] * 3)
                         return [(torch.randn(s, device=device) / width**0.5).bfloat16() for s in shapes]
 
-                    def fused(x: Tensor, up: Tensor, gate: Tensor, down: Tensor, tile: int = 0) -> Tensor:
-                        return gated_mlp_fused(x, up, down, gate, idx=idx, z=z, tile=tile)
+                    def fused(tile: int) -> Callable[[list[Tensor]], Tensor]:
+                        return lambda ts: gated_mlp_fused(*ts[:2], ts[3], ts[2], idx=idx, z=z, tile=tile)
 
-                    def library(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
-                        return gated_mlp(x, up, down, gate, idx=idx, z=z)
+                    def library(ts: list[Tensor]) -> Tensor:
+                        return gated_mlp(*ts[:2], ts[3], ts[2], idx=idx, z=z)
 
-                    def compacted(x: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> list[Tensor]:
-                        kept = (up[idx], gate[idx], (down[idx].float() * z[:, None]).bfloat16())
-                        return [x, *kept]
+                    def compacted(ts: list[Tensor]) -> list[Tensor]:
+                        x, up, gate, down = ts
+                        return [x, up[idx], gate[idx], (down[idx].float() * z[:, None]).bfloat16()]
 
                     whole = copies(tensors, moved, device)
-                    small = [compacted(*inputs) for inputs in whole]
+                    small = [compacted(inputs) for inputs in whole]
                     providers: Providers = {
-                        "ppnet": each(whole, lambda inputs: fused(*inputs)),
-                        "gather_rows + library": each(whole, lambda inputs: library(*inputs)),
-                        "compacted": each(small, lambda inputs: _swiglu(*inputs)),
-                        "dense": each(whole, lambda inputs: _swiglu(*inputs)),
+                        "ppnet": each(whole, fused(0)),
+                        "gather_rows + library": each(whole, library),
+                        "compacted": each(small, _swiglu),
+                        "dense": each(whole, _swiglu),
                     }
                     for tile, name in ((1, "32x64"), (2, "64x128"), (3, "128x128")):
-                        providers[f"ppnet, tiles of {name}"] = each(whole, lambda inputs, t=tile: fused(*inputs, t))
+                        providers[f"ppnet, tiles of {name}"] = each(whole, fused(tile))
                     return providers
 
                 yield Case(
