@@ -40,10 +40,10 @@ def cases(size: Size, device: torch.device) -> Iterator[Case]:
                         return [(torch.randn(s, device=device) / width**0.5).bfloat16() for s in shapes]
 
                     def fused(tile: int) -> Callable[[list[Tensor]], Tensor]:
-                        return lambda ts: gated_mlp_fused(*ts[:2], ts[3], ts[2], idx=idx, z=z, tile=tile)
+                        return lambda ts: gated_mlp_fused(ts[0], ts[1], ts[3], ts[2], idx=idx, z=z, tile=tile)
 
                     def library(ts: list[Tensor]) -> Tensor:
-                        return gated_mlp(*ts[:2], ts[3], ts[2], idx=idx, z=z)
+                        return gated_mlp(ts[0], ts[1], ts[3], ts[2], idx=idx, z=z)
 
                     def compacted(ts: list[Tensor]) -> list[Tensor]:
                         x, up, gate, down = ts
