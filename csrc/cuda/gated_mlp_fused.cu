@@ -70,9 +70,7 @@ __device__ inline T narrow(float x) {
 }
 
 // The n-th kept neuron.
-__device__ inline int unit_of(const GatedMlp& job, int n) {
-  return job.idx ? static_cast<int>(job.idx[n]) : n;
-}
+__device__ inline int64_t unit_of(const GatedMlp& job, int n) { return job.idx ? job.idx[n] : n; }
 
 // A tile of h. The right operand's rows are those of up and, for every warp behind its own of up, those of gate, so that
 // both pre-activations of a neuron are sums of one warp.
@@ -84,13 +82,14 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
   const unsigned row_tiles = (job.tokens + Tile::kRows - 1) / Tile::kRows;
   const int row = blockIdx.x % row_tiles * Tile::kRows, neuron = blockIdx.x / row_tiles * kNeurons;
 
-  // In shared memory, from where every copy reads them again: in registers they, and pointers, would displace the sums.
-  __shared__ int units[kNeurons];
+  // The neurons' rows, in shared memory: in registers they would displace the sums.
+  __shared__ const T* weights[kNeurons][kProducts];
   for (int i = threadIdx.x; i < kNeurons; i += kTileThreads) {
-    units[i] = 0;
-    if (neuron + i >= job.kept) continue;
-    if (job.idx) assert(job.idx[neuron + i] >= 0 && job.idx[neuron + i] < job.units && "gated_mlp_fused: idx out of range");
-    units[i] = unit_of(job, neuron + i);
+    const bool kept = neuron + i < job.kept;
+    const int64_t f = kept ? unit_of(job, neuron + i) : 0;
+    assert((!kept || !job.idx || (f >= 0 && f < job.units)) && "gated_mlp_fused: idx out of range");
+    weights[i][0] = static_cast<const T*>(job.up) + f * job.up_stride;
+    if constexpr (kGated) weights[i][1] = static_cast<const T*>(job.gate) + f * job.gate_stride;
   }
   __syncthreads();
 
@@ -98,17 +97,15 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
   const auto load = [&](T* to, int step) {
     x.start(to);
     to += Tile::kRows * kDepth;
-    const int chunk = threadIdx.x % 8, column = step * kDepth + chunk * kChunk;
+    const int chunk = threadIdx.x % 8, column = step * kDepth + chunk * kChunk, left = in_chunk(job.width - column);
 #pragma unroll
     for (int i = 0; i < kNeurons / kRowsAtOnce; ++i) {
       const int n = threadIdx.x / 8 + i * kRowsAtOnce;
       const int local = n / kOfWarp * (kProducts * kOfWarp) + n % kOfWarp;
-      const int left = neuron + n < job.kept ? job.width - column : 0;
-      const int64_t f = units[n];
-      copy_chunk<kVector>(to + swizzled(local, chunk), static_cast<const T*>(job.up) + f * job.up_stride + column, left);
-      if constexpr (kGated)
-        copy_chunk<kVector>(to + swizzled(local + kOfWarp, chunk),
-                            static_cast<const T*>(job.gate) + f * job.gate_stride + column, left);
+#pragma unroll
+      for (int p = 0; p < kProducts; ++p)
+        copy_chunk<kVector>(to + swizzled(local + p * kOfWarp, chunk), weights[n][p] + column,
+                            neuron + n < job.kept ? left : 0);
     }
   };
   Sums<Tile> sums{};
@@ -127,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
     up_bias[i] = gate_bias[i] = 0;
     z[i] = 1;
     if (n >= job.kept) continue;
-    const int f = unit_of(job, n);
+    const int64_t f = unit_of(job, n);
     if (job.up_bias) up_bias[i] = widen(static_cast<const T*>(job.up_bias)[f]);
     if (kGated && job.gate_bias) gate_bias[i] = widen(static_cast<const T*>(job.gate_bias)[f]);
     if (job.z) z[i] = job.z[n];
@@ -195,7 +192,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) down_kernel(const
 #pragma unroll
       for (int panel = 0; panel < Tile::kCols / kDepth; ++panel)
         copy_chunk<kVector>(to + panel * (kDepth * kDepth) + swizzled(r + i * kRowsAtOnce, chunk), from + panel * kDepth,
-                            left - panel * kDepth);
+                            in_chunk(left - panel * kDepth));
     }
   };
   Sums<Tile> sums{};

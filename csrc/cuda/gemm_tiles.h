@@ -33,12 +33,15 @@ struct Tile {
 // Where chunk `chunk` of row `row` of a matrix of 128-byte rows lies.
 __device__ inline int swizzled(int row, int chunk) { return row * kDepth + (chunk ^ (row & 7)) * kChunk; }
 
-// Starts to copy 8 values, of which those from `n` on are 0 and not read (all: n <= 0). kVector: `from` is aligned to 16
-// bytes; otherwise the copy is done at once, value by value.
+// How many of 8 values there are where `left` are left.
+__device__ __forceinline__ int in_chunk(int left) { return min(max(left, 0), kChunk); }
+
+// Starts to copy 8 values, of which those from `n` on are 0 and not read. kVector: `from` is aligned to 16 bytes; otherwise
+// the copy is done at once, value by value.
 template <bool kVector, class T>
 __device__ __forceinline__ void copy_chunk(T* to, const T* from, int n) {
   if constexpr (kVector) {
-    cp_async<16>(to, from, min(max(n, 0), kChunk) * 2);
+    cp_async<16>(to, from, n * 2);
   } else {
     uint32_t bits[4];
 #pragma unroll
@@ -66,10 +69,11 @@ struct RowCopies {
     next = matrix + (first + threadIdx.x / 8) * stride + column + threadIdx.x % 8 * kChunk;
   }
   __device__ __forceinline__ void start(T* to) {
+    const int n = in_chunk(columns);
 #pragma unroll
     for (int i = 0; i < kRows / kRowsAtOnce; ++i)
       copy_chunk<kVector>(to + swizzled(threadIdx.x / 8 + i * kRowsAtOnce, threadIdx.x % 8),
-                          next + i * kRowsAtOnce * stride, i * kRowsAtOnce < rows ? columns : 0);
+                          next + i * kRowsAtOnce * stride, i * kRowsAtOnce < rows ? n : 0);
     next += kDepth;
     columns -= kDepth;
   }

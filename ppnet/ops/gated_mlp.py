@@ -74,8 +74,9 @@ def gated_mlp(
         raise RuntimeError(f"gated_mlp: path is {path!r}; allowed are {' and '.join(PATHS)}")
     check_mlp("gated_mlp", x, up, down, gate, up_bias, gate_bias, down_bias)
     if path == "fused" and not _records_gradient(x, up, down, gate, up_bias, gate_bias, down_bias, z):
-        biases = {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias}
-        return gated_mlp_fused(x, up, down, gate, **biases, idx=idx, z=z, act=act)
+        return gated_mlp_fused(
+            x, up, down, gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias, idx=idx, z=z, act=act
+        )
     return torch.ops.ppnet.gated_mlp(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)[0]
 
 

@@ -78,8 +78,9 @@ def gated_mlp_fused_ref(
     split: int = 0,
 ) -> Tensor:
     """gated_mlp_fused in plain torch: gated_mlp_ref."""
-    biases = {"up_bias": up_bias, "gate_bias": gate_bias, "down_bias": down_bias}
-    return gated_mlp_ref(x, up, down, gate, **biases, idx=idx, z=z, act=act)
+    return gated_mlp_ref(
+        x, up, down, gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias, idx=idx, z=z, act=act
+    )
 
 
 def fits_fused(x: Tensor, up: Tensor, down: Tensor, gate: Tensor | None) -> bool:

@@ -6,6 +6,10 @@ import emulated
 import pytest
 import torch
 from accuracy import assert_as_accurate
+from any_input import Inputs, attempt, spoil
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_any_input import gated_mlp_fused as any_case
 
 from ppnet.ops import gated_mlp, gated_mlp_fused, gated_mlp_fused_ref
 from ppnet.ops.gated_act import ACTS
@@ -262,6 +266,24 @@ def test_errors_of_the_kernels_binding(changes, message):
     with_all |= case(2, 4, 6, torch.bfloat16, bias=False) | changes
     with emulated.emulated(), pytest.raises(RuntimeError, match=f"gated_mlp_fused: {message}"):
         torch.ops.ppnet.gated_mlp_fused(**with_all)
+
+
+@emulated.needs_emulator
+@settings(
+    deadline=None, derandomize=True, max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+@given(data=st.data())
+def test_any_input(data):
+    """Any shape, layout and value, and arguments of which one is wrong; indices out of range stop the kernel."""
+    inputs = Inputs(data)
+    case = any_case(inputs)
+    case.indices = {}
+    spoiled = inputs.flag(0.3)
+    if spoiled:
+        spoil(case, inputs)
+    with emulated.emulated(inputs.pick(emulated.SEEDS)):
+        attempt(case, spoiled)
 
 
 @pytest.mark.gpu
