@@ -1,4 +1,4 @@
-// gated_act and gated_act_backward on NVIDIA GPUs: hands the checked tensors to the launchers of csrc/cuda/gated_act.cu.
+// gated_act and gated_act_backward on NVIDIA GPUs: hands the checked tensors to csrc/cuda/gated_act.cu.
 #ifdef PPNET_WITH_CUDA
 
 #include "cuda/gated_act.h"

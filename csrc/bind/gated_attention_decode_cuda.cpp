@@ -1,4 +1,4 @@
-// gated_attention_decode on NVIDIA GPUs: hands the checked tensors to the launcher of csrc/cuda/gated_attention_decode.cu.
+// gated_attention_decode on NVIDIA GPUs: hands the checked tensors to csrc/cuda/gated_attention_decode.cu.
 #ifdef PPNET_WITH_CUDA
 
 #include "cuda/gated_attention_decode.h"

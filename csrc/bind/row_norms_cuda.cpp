@@ -1,4 +1,4 @@
-// row_norms and row_norms_backward on NVIDIA GPUs: hands the checked tensors to the launchers of csrc/cuda/row_norms.cu.
+// row_norms and row_norms_backward on NVIDIA GPUs: hands the checked tensors to csrc/cuda/row_norms.cu.
 #ifdef PPNET_WITH_CUDA
 
 #include "cuda/row_norms.h"

@@ -49,7 +49,8 @@ struct ScalarDecode {
 #pragma unroll
     for (int c = 0; c < kPieces; ++c) {
       if (there && dim_of(c) < job.width) {
-        reinterpret_cast<const V*>(from + dim_of(c))->widen(to + c * kSize);
+        const V v = *reinterpret_cast<const V*>(from + dim_of(c));  // whole: one load
+        v.widen(to + c * kSize);
       } else {
 #pragma unroll
         for (int d = 0; d < kSize; ++d) to[c * kSize + d] = 0;

@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocksPerSm)
 
 // dz of 32 columns: the warps divide the blocks of rows.
 template <class C>
-__global__ void __launch_bounds__(kThreads) gated_act_sums_kernel(const C* partial, C* dz, int64_t blocks, int64_t cols) {
+__global__ void __launch_bounds__(kThreads)
+    gated_act_sums_kernel(const C* partial, C* dz, int64_t blocks, int64_t cols) {
   constexpr int kWarps = kThreads / 32;
   __shared__ C sums[kWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -8,7 +8,7 @@
 
 namespace ppnet::cuda {
 
-// Matrices of `rows` tokens and `cols` units whose rows are contiguous; strides are in elements, outputs are contiguous.
+// Matrices of `rows` tokens and `cols` units whose rows are contiguous; strides are in elements, outputs contiguous.
 // z, partial and dz are float, or double for Dtype::f64.
 struct GatedAct {
   ppnet::Dtype dtype;

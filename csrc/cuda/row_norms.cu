@@ -81,6 +81,19 @@ __device__ inline F factor_at(const void* factors, int64_t k, bool squared) {
   return squared ? x * x : x;
 }
 
+// The factors of a piece, 16 bytes at a time.
+template <class F, int kSize>
+__device__ __forceinline__ void read_factors(const void* factors, int64_t col, bool squared, F* factor) {
+  constexpr int kOnce = kSize == 1 ? 1 : 16 / sizeof(F);
+#pragma unroll
+  for (int k = 0; k < kSize; k += kOnce) {
+    Pack<F, kOnce> x;
+    if (factors) x = *reinterpret_cast<const Pack<F, kOnce>*>(static_cast<const F*>(factors) + col + k);
+#pragma unroll
+    for (int j = 0; j < kOnce; ++j) factor[k + j] = !factors ? F(1) : squared ? x.x[j] * x.x[j] : x.x[j];
+  }
+}
+
 // What rows and columns are multiplied with: forward by the scale, backward by scale² and grad / norm.
 struct Factors {
   const void *row, *col;
@@ -132,8 +145,7 @@ __device__ void sum_rows(const RowNormsTensor& t, int64_t first, int lane) {
 #pragma unroll 4
   for (int64_t col = int64_t(lane) * kSize; col < t.cols; col += 32 * kSize) {
     C<T> col_factor[kSize];
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) col_factor[k] = factor_at<C<T>>(factors.col, col + k, factors.col_squared);
+    read_factors<C<T>, kSize>(factors.col, col, factors.col_squared, col_factor);
 #pragma unroll
     for (int j = 0; j < kWarpRows; ++j) {
       if (first + j >= t.rows) continue;
@@ -178,8 +190,7 @@ __device__ void sum_columns(const RowNormsTensor& t, int64_t tile, C<T>* sums) {
   C<T> sum[kSize] = {};
   if (col < t.cols) {
     C<T> col_factor[kSize];
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) col_factor[k] = factor_at<C<T>>(factors.col, col + k, factors.col_squared);
+    read_factors<C<T>, kSize>(factors.col, col, factors.col_squared, col_factor);
     for (int64_t row = block * tiles.block_rows + thread / tiles.across; row < end; row += kRowsAtOnce * step) {
       Pack<T, kSize> piece[kRowsAtOnce];
 #pragma unroll

@@ -184,9 +184,8 @@ def test_gpu_under_a_graph():
     query, key, value = (t.cuda() for t in cache(2, 8, 4, 1, 3000, 128, torch.bfloat16))
     lengths = torch.tensor([100, 3000], device="cuda")
     groups = torch.tensor([3, 1], device="cuda")
-    for _ in range(2):  # once to load the kernels
-        graph = torch.cuda.CUDAGraph()
-        gated_attention_decode(query[:, :4], key, value, groups=groups, lengths=lengths)
+    gated_attention_decode(query[:, :4], key, value, groups=groups, lengths=lengths)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = gated_attention_decode(query[:, :4], key, value, groups=groups, lengths=lengths)
     lengths.copy_(torch.tensor([2999, 7], device="cuda"))
