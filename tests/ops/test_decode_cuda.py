@@ -173,7 +173,7 @@ def test_rms_norm(shape, device):
     for dtype in DTYPES:
         weight = torch.randn(shape[-1], device=device).to(dtype)
         x = torch.randn(shape, device=device).to(dtype)
-        apart = matrix(2, shape[-1], dtype, device, "odd").flatten()[: shape[-1]]
+        apart = matrix(1, shape[-1], dtype, device, "odd")[0]  # begins anywhere
         for value in (x, apart, x.transpose(0, -1).contiguous().transpose(0, -1)):
             check(rms_norm, rms_norm_ref, value, weight, 1e-5)
         if x.numel():
