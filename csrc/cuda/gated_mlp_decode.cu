@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kMostThreads = 512;      // one block of them per multiprocessor, or several smaller blocks
 constexpr int kStages = 2;
+constexpr int kMostValues = 16;        // dot products of a group; a lane for each
 constexpr int64_t kShared = 200 * 1024;  // of the 227 KB that a block may have on an H200
 
 template <class E, int kTokens, int kVectors, int kGroup, bool kGlu>
@@ -43,7 +44,7 @@ class Mlp {
       const Scales scales = load_scales(k, mine);
       const int64_t later = place(k + 3 * kGroup);
       cp_async_wait<1>();
-      float* sums = sums_ + stage * int(blockDim.x);  // 32 per warp
+      float* sums = sums_ + stage * (static_cast<int>(blockDim.x) / 32) * kMostValues;
       dots(stage, sums);
       fetch_dots(k + 2 * kGroup, after, stage);
       __syncthreads();
@@ -67,7 +68,7 @@ class Mlp {
   static constexpr int kStageRows = kMatrices * kGroup;
   static constexpr int kPairs = kGroup * kTokens;   // neurons and tokens of a group
   static constexpr int kValues = kDots * kPairs;    // dot products of a group
-  static_assert(kValues <= 32, "one lane for each");
+  static_assert(kValues <= kMostValues, "room for each");
 
   struct Scales {
     float z, up_bias, gate_bias;
@@ -156,8 +157,8 @@ class Mlp {
     return s;
   }
 
-  // sums[warp * 32 + value]: the warp's part of the group's dot products; value = (matrix, neuron, token). Rows of
-  // neurons that are not there hold whatever was there before, and nobody asks for their products.
+  // sums[warp * kMostValues + value]: the warp's part of the group's dot products; value = (matrix, neuron, token).
+  // Rows of neurons that are not there hold whatever was there before, and nobody asks for their products.
   __device__ void dots(int stage, float* sums) const {
     float values[kValues] = {};
 #pragma unroll
@@ -174,14 +175,14 @@ class Mlp {
       }
     warp_sums<kValues>(values);
     constexpr int kLanes = 32 / kValues;
-    if (lane() % kLanes == 0) sums[static_cast<int>(threadIdx.x) / 32 * 32 + lane() / kLanes] = values[0];
+    if (lane() % kLanes == 0) sums[static_cast<int>(threadIdx.x) / 32 * kMostValues + lane() / kLanes] = values[0];
   }
 
   // In lane q * kTokens + t: the input of neuron q's down row for token t.
   __device__ float activation(const float* sums, const Scales& scales) const {
     float total = 0.0f;
     if (lane() < kValues)
-      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += sums[w * 32 + lane()];
+      for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += sums[w * kMostValues + lane()];
     const float gate = kGlu ? __shfl_sync(0xffffffffu, total, (lane() + kPairs) % 32) : 0.0f;
     const float up = total + scales.up_bias;
     return scales.z * (kGlu ? activate(job_.act, gate + scales.gate_bias) * up : activate(job_.act, up));
@@ -249,7 +250,8 @@ cudaError_t launch_group(const MlpDecode& job, const MlpPlan& plan, cudaStream_t
     if (plan.group == 4) return launch_fused<E, kTokens, kVectors, 4>(job, plan, stream);
   if constexpr (kVectors <= 2)
     if (plan.group == 2) return launch_fused<E, kTokens, kVectors, 2>(job, plan, stream);
-  return launch_fused<E, kTokens, kVectors, 1>(job, plan, stream);
+  if constexpr (kVectors >= 2) return launch_fused<E, kTokens, kVectors, 1>(job, plan, stream);
+  return cudaErrorInvalidValue;
 }
 
 template <class E>
@@ -327,8 +329,11 @@ MlpPlan mlp_plan(const MlpDecode& job, int64_t shared_limit) {
   plan.chunks = fused_chunks(job);
   plan.group = padded_tokens(job.tokens) <= 2 && plan.vectors == 1 ? 4 : plan.vectors <= 2 ? 2 : 1;
   const int64_t neuron = int64_t(job.gate ? 3 : 2) * plan.vectors * plan.threads * 16;
-  const int64_t sums = int64_t(kStages) * plan.threads * 4, limit = shared_limit < kShared ? shared_limit : kShared;
-  while (plan.group > 1 && kStages * plan.group * neuron + sums > limit) plan.group /= 2;
+  const int64_t sums = int64_t(kStages) * (plan.threads / 32) * kMostValues * 4;
+  const int64_t limit = shared_limit < kShared ? shared_limit : kShared;
+  // Two neurons of one vector each fit into the 99 KB of an sm_120: one alone has no kernel.
+  const int least = plan.vectors == 1 ? 2 : 1;
+  while (plan.group > least && kStages * plan.group * neuron + sums > limit) plan.group /= 2;
   plan.shared_bytes = kStages * plan.group * neuron + sums;
   plan.fused = plan.shared_bytes <= limit;
   return plan;

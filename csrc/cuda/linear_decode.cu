@@ -11,14 +11,15 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTable = 56;                 // layers of a launch: kernel parameters hold 4 KB
 constexpr int64_t kTileBytes = 96 * 1024;  // of x: an sm_120 has 99 KB, an H200 room for two blocks
 
-// Rows of a warp share what is read of x; a lane has eight 16-byte loads in flight: with 16 warps on a multiprocessor
-// 64 KB, where an H200 needs about 26 KB (4.3 TB/s for 800 ns) if they never paused. Eight tokens leave registers for
+// Rows of a warp share what is read of x; a lane has eight 16-byte loads in flight: with 24 warps on a multiprocessor
+// 96 KB, where an H200 needs about 26 KB (4.3 TB/s for 800 ns) if they never paused. Eight tokens leave registers for
 // four, and are bound by arithmetic.
 template <int kTokens>
 inline constexpr int kRows = kTokens <= 2 ? 2 : 4;
 template <int kTokens>
 inline constexpr int kAhead = kTokens == 8 ? 1 : 8 / kRows<kTokens>;
-constexpr int kBlocksPerSm = 2;
+template <int kTokens>
+inline constexpr int kBlocksPerSm = kTokens == 1 ? 3 : 2;
 
 struct Table {
   DecodeLayer layers[kTable];
@@ -84,7 +85,7 @@ __device__ __forceinline__ void dots(const E* const* rows, int n, const E* xs, i
 }
 
 template <class E, int kTokens>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
     linears_kernel(const __grid_constant__ Table job) {
   constexpr int kR = kRows<kTokens>;
   E* xs = dynamic_shared<E>();
@@ -148,7 +149,7 @@ LinearPlan linear_plan(const LinearsDecode& job) {
   plan.tile_bytes = tokens * plan.tile * bytes;
   for (int64_t i = 0; i < job.n; ++i)
     plan.groups += linear_groups(job.layers[i].kept, kWarps * plan.rows_per_warp);
-  const int64_t resident = kSms * kBlocksPerSm;
+  const int64_t resident = kSms * (tokens == 1 ? kBlocksPerSm<1> : kBlocksPerSm<8>);
   plan.blocks = plan.groups < resident ? plan.groups : resident;
   return plan;
 }

@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const __grid_constant__ R
   const bool whole = job.width % kV == 0;
   const bool aligned_x = whole && aligned_to(job.x, 16), aligned_y = whole && aligned_to(job.y, 16);
   const bool aligned_weight = aligned_to(weight, 16);
-  for (int64_t first = int64_t(blockIdx.x) * rows_at_once; first < job.rows; first += int64_t(gridDim.x) * rows_at_once) {
+  const int64_t stride = int64_t(gridDim.x) * rows_at_once;
+  for (int64_t first = int64_t(blockIdx.x) * rows_at_once; first < job.rows; first += stride) {
     const int64_t r = first + threadIdx.x / kThreads;
     const bool there = r < job.rows;
     const E* x = static_cast<const E*>(job.x) + (there ? r : 0) * job.width;

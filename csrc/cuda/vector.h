@@ -95,8 +95,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Sums over the warp of kCount (a power of two, up to 32) values at once: lane l receives that of values[l * kCount / 32]
-// in values[0], with fewer shuffles than one after the other; each in warp_sum's order.
+// Sums over the warp of kCount (a power of two, up to 32) values at once, each in warp_sum's order: lane l receives
+// that of values[l * kCount / 32] in values[0], with fewer shuffles than one after the other.
 template <int kCount, int kBit = 16>
 __device__ __forceinline__ void warp_sums(float* values) {
   if constexpr (kCount > 1) {
