@@ -37,18 +37,22 @@ class Kept:
     gate: Tensor | None = None
 
 
+def suits(x: Tensor) -> bool:
+    """Whether the decode operators take tokens x ``(..., D)``; a graph for any number has the library's products."""
+    few = certainly(x.numel() <= MOST_TOKENS * x.shape[-1])
+    return few and x.dtype in DTYPES and x.is_cpu and not torch.is_autocast_enabled("cpu")
+
+
 def decodes(x: Tensor, rows: Iterable[Tensor], others: Iterable[Tensor | None] = ()) -> bool:
     """Whether the decode operators do the products of x ``(..., D)`` with weights that are read by `rows`.
 
     Args:
         others: what else goes into them (biases, gates): nothing may want a gradient.
     """
-    dtype = x.dtype
-    few = certainly(x.numel() <= MOST_TOKENS * x.shape[-1])  # a graph for any number has the library's products
-    if not few or dtype not in DTYPES or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if not suits(x):
         return False
     for weight in rows:
-        if weight.dtype != dtype or weight.stride(1) != 1:
+        if weight.dtype != x.dtype or weight.stride(1) != 1:
             return False
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, *rows, *others))
 

@@ -21,10 +21,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from ppnet import ops
 from ppnet.attention import DECODING, SPECIAL
 from ppnet.binding import Binding
-from ppnet.decode import MlpParts
+from ppnet.decode import MlpParts, suits
 from ppnet.decode_blocks import LEAVES, attention_block_forward, cached_steps, kept_if_same
-from ppnet.modes import certainly, evaluating, transformed
-from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
+from ppnet.modes import evaluating, transformed
 from ppnet.wrap import ScaleInput, SubLayerHook
 
 ATTENTION, MLP, NORMS = "self_attn", "mlp", ("input_layernorm", "post_attention_layernorm")
@@ -123,10 +122,7 @@ def scale_of(block: nn.Module) -> ScaleInput | None:
 
 def is_step(parts: LayerParts, x: Tensor, mask: Tensor | None, position_embeddings: Any, kwargs: dict) -> bool:
     """Whether a call is a plain decoding step of few tokens, but for the state of the layer's tensors."""
-    if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in DTYPES or transformed():
-        return False
-    # A graph for any number of tokens has the library's products.
-    if not certainly(x.numel() <= MOST_TOKENS * x.shape[-1]) or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or transformed() or not suits(x):
         return False
     if position_embeddings is None or position_embeddings[0].dtype != x.dtype or (mask is None and x.shape[1] != 1):
         return False
