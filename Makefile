@@ -43,19 +43,13 @@ sanitize: $(STAMPS)/test
 	  import ppnet.extension as e; print('== ppnet: tests with', m.__file__, 'on', ', '.join(e.supported_isas()))"
 	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
 
-# Compiles every CUDA source for every architecture, warnings and register spills being errors.
+# Compiles every CUDA source for every architecture, warnings and register spills being errors, and prints registers,
+# shared memory and what instructions they became.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; nothing was checked"; exit 1; }
-	@mkdir -p build/cuda-check
-	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu tests/cuda/*.cu; do \
-	  object=build/cuda-check/$$(basename $$source .cu)-$$arch.o; \
-	  echo "== $$source sm_$$arch"; \
-	  "$(NVCC)" -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch -Xptxas -v -Xptxas --warn-on-spills \
-	    -Xptxas --warning-as-error -Xcompiler -Wall,-Wextra -Werror all-warnings -c $$source -o $$object \
-	    > $$object.log 2>&1 || { cat $$object.log; exit 1; }; \
-	  sed -n -e "s/.*Compiling entry function '\([^']*\)'.*/\1/p" -e 's/.*\(Used [0-9]* registers\).*/  \1/p' $$object.log \
-	    | paste - - | sed -e 's/_ZN[0-9A-Za-z_]*_cu_[0-9a-f]\{8\}//'; \
-	done; done
+	@$(PYTHON) tests/cuda/compile_kernels.py --nvcc "$(NVCC)" --archs "$(CUDA_ARCHS)" --include csrc --out build/cuda-check \
+	  --jobs $(JOBS) $(wildcard csrc/cuda/*.cu tests/cuda/*.cu)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) ppnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -59,14 +59,15 @@ int64_t threads_for(int64_t bytes) {
   return std::clamp<int64_t>(bytes / kBytesPerThread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
 }
 
-void add_up(const float* partial, int64_t chunks, const char* bias, const char* residual, Tensor& y) {
+void add_up(const float* partial, int64_t chunks, const char* bias, const void* residual, Tensor& y) {
   const int64_t tokens = y.size(0), width = y.size(1), groups = (width + kGroup - 1) / kGroup;
   const int64_t bytes = chunks * chunk_size(tokens, width) * static_cast<int64_t>(sizeof(float));
   const Dtype dtype = dtype_of(y);
   char* out = static_cast<char*>(y.mutable_data_ptr());
+  const char* more = static_cast<const char*>(residual);
   const auto add = PPNET_PICK(add_chunks);
   share_out(groups, threads_for(bytes), [&](int64_t begin, int64_t end) {
-    add(dtype, partial, chunks, tokens, width, bias, residual, out, begin * kGroup, std::min(end * kGroup, width));
+    add(dtype, partial, chunks, tokens, width, bias, more, out, begin * kGroup, std::min(end * kGroup, width));
   });
 }
 

@@ -91,6 +91,6 @@ void share_out(int64_t n, int64_t threads, const Body& body) {
 
 // y (T, width) = bias (width) + residual (T, width) (null: 0) + the sum over chunks of partial
 // (chunks, chunk_size(T, width)).
-void add_up(const float* partial, int64_t chunks, const char* bias, const char* residual, Tensor& y);
+void add_up(const float* partial, int64_t chunks, const char* bias, const void* residual, Tensor& y);
 
 }  // namespace ppnet

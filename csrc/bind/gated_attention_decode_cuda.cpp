@@ -8,6 +8,7 @@
 #include "cuda/rows.h"
 #include "device.h"
 #include "gated_attention_decode_check.h"
+#include "operators.h"
 
 namespace ppnet {
 namespace {
@@ -34,9 +35,11 @@ cuda::AttentionDecode describe(const DecodeJob& job, int64_t kv_heads) {
 }
 static_assert(static_cast<int>(MaskKind::f64) == static_cast<int>(cuda::DecodeMask::f64));
 
-Tensor gated_attention_decode_cuda(Tensor query, Tensor key, Tensor value, Optional groups, Optional gate,
-                                   Optional mask, Optional lengths, double scale, int64_t window) {
-  const char* op = "gated_attention_decode";
+}  // namespace
+
+Tensor gpu::gated_attention_decode(const char* op, Tensor query, const Tensor& key, const Tensor& value,
+                                   Optional groups, Optional gate, const Optional& mask, Optional lengths,
+                                   double scale, int64_t window) {
   const DecodeJob checked =
       check_gated_attention_decode(op, query, key, value, groups, gate, mask, lengths, scale, window, kGpuTensors);
   PPNET_CHECK(checked.width <= cuda::kDecodeWidth, op, ": query has a head dim of ", checked.width,
@@ -52,6 +55,14 @@ Tensor gated_attention_decode_cuda(Tensor query, Tensor key, Tensor value, Optio
   const int error = cuda::gated_attention_decode(job, device.index(), device.stream());
   PPNET_CHECK(error == 0, op, ": ", cuda::error_string(error));
   return out;
+}
+
+namespace {
+
+Tensor gated_attention_decode_cuda(Tensor query, Tensor key, Tensor value, Optional groups, Optional gate,
+                                   Optional mask, Optional lengths, double scale, int64_t window) {
+  return gpu::gated_attention_decode("gated_attention_decode", query, key, value, groups, gate, mask, lengths, scale,
+                                     window);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace ppnet {
 
 Tensor cpu::gated_mlp_decode(const char* op, const Tensor& x, const Tensor& up, const Tensor& down,
                              const Optional& gate, Optional up_bias, Optional gate_bias, Optional down_bias,
-                             Optional idx, Optional z, const std::string& act, const char* residual) {
+                             Optional idx, Optional z, const std::string& act, const void* residual) {
   MlpDecode job = mlp_job(op, x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act, false);
   Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
   if (job.tokens == 0 || job.width == 0) return y;
@@ -28,7 +28,8 @@ namespace {
 
 Tensor gated_mlp_decode_cpu(Tensor x, Tensor up, Tensor down, Optional gate, Optional up_bias, Optional gate_bias,
                             Optional down_bias, Optional idx, Optional z, std::string act) {
-  return cpu::gated_mlp_decode("gated_mlp_decode", x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act);
+  return cpu::gated_mlp_decode("gated_mlp_decode", x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act,
+                               nullptr);
 }
 
 }  // namespace

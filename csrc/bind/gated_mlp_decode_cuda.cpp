@@ -5,7 +5,7 @@
 #include "cuda/rows.h"
 
 #include "device.h"
-#include "operators_cuda.h"
+#include "operators.h"
 
 namespace ppnet {
 
@@ -50,7 +50,8 @@ namespace {
 
 Tensor gated_mlp_decode_cuda(Tensor x, Tensor up, Tensor down, Optional gate, Optional up_bias, Optional gate_bias,
                              Optional down_bias, Optional idx, Optional z, std::string act) {
-  return gpu::gated_mlp_decode("gated_mlp_decode", x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act);
+  return gpu::gated_mlp_decode("gated_mlp_decode", x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act,
+                               nullptr);
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ std::vector<Tensor> cpu::linears_decode(const char* op, const Tensor& x, const s
 }
 
 Tensor cpu::linear_t_decode(const char* op, const Names& names, const Tensor& x, const Tensor& weight, Optional bias,
-                            Optional idx, Optional z, const char* residual) {
+                            Optional idx, Optional z, const void* residual) {
   check_tokens(op, x);
   LinearDecode job = linear_job(op, x, weight, idx, names);
   expect_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
@@ -87,7 +87,7 @@ std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std
 }
 
 Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
-  return cpu::linear_t_decode("linear_t_decode", Names{}, x, weight, bias, idx, z);
+  return cpu::linear_t_decode("linear_t_decode", Names{}, x, weight, bias, idx, z, nullptr);
 }
 
 }  // namespace

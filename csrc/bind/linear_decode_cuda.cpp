@@ -5,7 +5,7 @@
 #include "cuda/rows.h"
 
 #include "device.h"
-#include "operators_cuda.h"
+#include "operators.h"
 
 namespace ppnet {
 namespace {
@@ -40,7 +40,7 @@ std::vector<Tensor> linears_decode_cuda(Tensor x, std::vector<Tensor> weight, st
 }
 
 Tensor linear_t_decode_cuda(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
-  return gpu::linear_t_decode("linear_t_decode", LinearNames{}, x, weight, bias, idx, z);
+  return gpu::linear_t_decode("linear_t_decode", LinearNames{}, x, weight, bias, idx, z, nullptr);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ Tensor cpu::rms_norm(const char* op, const Tensor& x, const Tensor& weight, doub
 
 namespace {
 
-Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) { return cpu::rms_norm("rms_norm", x, weight, eps); }
+Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps) { return cpu::rms_norm("rms_norm", x, weight, eps, "weight"); }
 
 }  // namespace
 

@@ -5,7 +5,7 @@
 #include "cuda/rows.h"
 
 #include "device.h"
-#include "operators_cuda.h"
+#include "operators.h"
 
 namespace ppnet {
 
@@ -23,7 +23,9 @@ Tensor gpu::rms_norm(const char* op, const Tensor& x, const Tensor& weight, doub
 
 namespace {
 
-Tensor rms_norm_cuda(Tensor x, Tensor weight, double eps) { return gpu::rms_norm("rms_norm", x, weight, eps); }
+Tensor rms_norm_cuda(Tensor x, Tensor weight, double eps) {
+  return gpu::rms_norm("rms_norm", x, weight, eps, "weight");
+}
 
 }  // namespace
 

@@ -9,7 +9,6 @@
 
 namespace ppnet {
 
-// Outputs are (B, T, H, Dh): transposed in ppnet/ops/rotary.py.
 std::tuple<Tensor, Tensor> cpu::rotary(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin) {
   Tensor y, z;
   const Rotary job = rotary_job(op, query, key, cos, sin, false, y, z);

@@ -5,7 +5,7 @@
 #include "cuda/rows.h"
 
 #include "device.h"
-#include "operators_cuda.h"
+#include "operators.h"
 
 namespace ppnet {
 namespace {
@@ -17,7 +17,6 @@ cuda::RotaryHeads in_elements(const RotaryHeads& heads, int64_t bytes) {
 
 }  // namespace
 
-// Outputs are (B, T, H, Dh): transposed in ppnet/ops/rotary.py.
 std::tuple<Tensor, Tensor> gpu::rotary(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin) {
   Tensor y, z;
   const Rotary checked = rotary_job(op, query, key, cos, sin, kGpuTensors, y, z);

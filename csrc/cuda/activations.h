@@ -132,4 +132,11 @@ __device__ __forceinline__ void with_act(Act act, const Body& body) {
   body(Relu2());
 }
 
+template <bool kShort>
+__device__ __forceinline__ float activate(Act act, float x) {
+  float y;
+  with_act(act, [&](auto a) { y = decltype(a)::template value<kShort>(x); });
+  return y;
+}
+
 }  // namespace ppnet::cuda

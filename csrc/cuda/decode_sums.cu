@@ -23,11 +23,11 @@ __global__ void __launch_bounds__(kWarps * 32)
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp > 0 || d >= width) return;
-  float total = bias ? to_float(bias[d]) : 0.0f;
-  if (residual) total += to_float(residual[t * width + d]);
+  float total = bias ? widened(bias[d]) : 0.0f;
+  if (residual) total += widened(residual[t * width + d]);
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) total += sums[i][lane];
-  y[t * width + d] = from_float<E>(total);
+  y[t * width + d] = rounded<E>(total);
 }
 
 template <class E>

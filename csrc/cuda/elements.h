@@ -60,8 +60,8 @@ struct Pack {
   }
 };
 
-__host__ __device__ inline bool whole_pieces(const void* p, int64_t bytes = 16) {
-  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+__host__ __device__ inline bool aligned_to(const void* p, uintptr_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
 }  // namespace ppnet::cuda

@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
 int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool even_rows(const void* data, int64_t stride, int64_t size) {
-  return !data || (whole_pieces(data) && stride * size % 16 == 0);
+  return !data || (aligned_to(data) && stride * size % 16 == 0);
 }
 
 template <class T>

@@ -27,7 +27,7 @@ int64_t best_splits(int64_t blocks, int64_t keys, int64_t round) {
 }
 
 bool even_rows(const void* data, const int64_t* stride, int64_t size) {
-  return whole_pieces(data) && stride[0] * size % 16 == 0 && stride[1] * size % 16 == 0 && stride[2] * size % 16 == 0;
+  return aligned_to(data) && stride[0] * size % 16 == 0 && stride[1] * size % 16 == 0 && stride[2] * size % 16 == 0;
 }
 
 // The parts of one query row, added up in their order; one block each.

@@ -4,7 +4,7 @@
 // neurons' gate, up and down rows to shared memory, two groups ahead, and reads only what it copied itself; x and the
 // sums of its columns stay in registers. The one barrier of a group is that of the dot products. So copies of a whole
 // group are on their way at any time: 96 KB on a multiprocessor at D = 4096, where an H200 needs about 26 KB.
-#include "activate.h"
+#include "activations.h"
 #include "decode_kernels.h"
 
 namespace ppnet::cuda {
@@ -91,7 +91,7 @@ class Mlp {
   // Zeros for tokens and columns that are not there.
   __device__ void load_x() {
     const auto* x = static_cast<const E*>(job_.x);
-    const bool aligned = aligned_to(x, 16) && job_.width % kV == 0;
+    const bool aligned = aligned_to(x) && job_.width % kV == 0;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
 #pragma unroll
@@ -152,8 +152,8 @@ class Mlp {
     const int64_t own = k + lane() / kTokens;
     if (lane() >= kPairs || own >= end_) return s;
     if (job_.z) s.z = job_.z[own];
-    if (job_.up_bias) s.up_bias = to_float(static_cast<const E*>(job_.up_bias)[f]);
-    if (kGlu && job_.gate_bias) s.gate_bias = to_float(static_cast<const E*>(job_.gate_bias)[f]);
+    if (job_.up_bias) s.up_bias = widened(static_cast<const E*>(job_.up_bias)[f]);
+    if (kGlu && job_.gate_bias) s.gate_bias = widened(static_cast<const E*>(job_.gate_bias)[f]);
     return s;
   }
 
@@ -185,7 +185,7 @@ class Mlp {
       for (int w = 0; w < static_cast<int>(blockDim.x) / 32; ++w) total += sums[w * kMostValues + lane()];
     const float gate = kGlu ? __shfl_sync(0xffffffffu, total, (lane() + kPairs) % 32) : 0.0f;
     const float up = total + scales.up_bias;
-    return scales.z * (kGlu ? activate(job_.act, gate + scales.gate_bias) * up : activate(job_.act, up));
+    return scales.z * (kGlu ? activate<false>(job_.act, gate + scales.gate_bias) * up : activate<false>(job_.act, up));
   }
 
   __device__ void axpy(int64_t k, int stage, float h) {

@@ -1,6 +1,8 @@
 // gated_mlp_fused: two matrix products over a list of neurons, whose weights are gathered by the copies to shared memory.
 #include "gated_mlp_fused.h"
 
+#include "activations.h"
+#include "elements.h"
 #include "gemm_tiles.h"
 
 namespace ppnet::cuda {
@@ -41,33 +43,7 @@ constexpr int64_t cycles(const TileCost& tile, int64_t rows, int64_t cols, int64
   return ceil_div(tiles, kSms) * (steps * tile.cycles + kFillCycles) + sum;
 }
 
-// --- activations --------------------------------------------------------------------------------------------------------
-
-// Rounded to 16 bits afterwards: the fast exponential and division are exact enough.
-__device__ __forceinline__ float times_sigmoid(float x, float y) { return __fdividef(x, 1 + __expf(-y)); }
-
-__device__ __forceinline__ float activation(Act act, float x) {
-  switch (act) {
-    case Act::silu: return times_sigmoid(x, x);
-    case Act::gelu: return 0.5f * x * (1 + erff(x * 0.70710678118654752f));
-    case Act::gelu_tanh: return times_sigmoid(x, 1.5957691216057308f * (x + 0.044715f * x * x * x));
-    case Act::relu: return x < 0 ? 0 : x;  // NaN stays
-    default: return x < 0 ? 0 : x * x;
-  }
-}
-
 // --- kernels ------------------------------------------------------------------------------------------------------------
-
-template <class T>
-__device__ inline float widen(T x) {
-  if constexpr (__is_same(T, __half)) return __half2float(x);
-  else return __bfloat162float(x);
-}
-template <class T>
-__device__ inline T narrow(float x) {
-  if constexpr (__is_same(T, __half)) return __float2half_rn(x);
-  else return __float2bfloat16_rn(x);
-}
 
 // The n-th kept neuron.
 __device__ inline int64_t unit_of(const GatedMlp& job, int n) { return job.idx ? job.idx[n] : n; }
@@ -125,8 +101,8 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
     z[i] = 1;
     if (n >= job.kept) continue;
     const int64_t f = unit_of(job, n);
-    if (job.up_bias) up_bias[i] = widen(static_cast<const T*>(job.up_bias)[f]);
-    if (kGated && job.gate_bias) gate_bias[i] = widen(static_cast<const T*>(job.gate_bias)[f]);
+    if (job.up_bias) up_bias[i] = widened(static_cast<const T*>(job.up_bias)[f]);
+    if (kGated && job.gate_bias) gate_bias[i] = widened(static_cast<const T*>(job.gate_bias)[f]);
     if (job.z) z[i] = job.z[n];
   }
   const int column = local / kOfWarp * (kProducts * kOfWarp) + local % kOfWarp;
@@ -140,7 +116,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float up = u[i + j] + up_bias[i + j];
-        h[j] = kGated ? activation(job.act, u[i + j + kOfWarp] + gate_bias[i + j]) * up : activation(job.act, up);
+        h[j] = kGated ? activate<true>(job.act, u[i + j + kOfWarp] + gate_bias[i + j]) * up : activate<true>(job.act, up);
         if (job.z) h[j] *= z[i + j];
       }
       bits[i / 2] = pack<T>(h[0], h[1]);
@@ -220,7 +196,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) down_kernel(const
     T* y = static_cast<T*>(job.y) + token * job.out_width + first;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      if (bias && first + i < job.out_width) v[i] += widen(bias[first + i]);
+      if (bias && first + i < job.out_width) v[i] += widened(bias[first + i]);
     if (aligned) {
       *reinterpret_cast<uint4*>(y) =
           make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
@@ -228,7 +204,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) down_kernel(const
     }
 #pragma unroll
     for (int i = 0; i < kChunk; ++i)
-      if (first + i < job.out_width) y[i] = narrow<T>(v[i]);
+      if (first + i < job.out_width) y[i] = rounded<T>(v[i]);
   }
 }
 
@@ -252,7 +228,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
   const T* bias = static_cast<const T*>(job.down_bias);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (bias && first + i < job.out_width) v[i] += widen(bias[first + i]);
+    if (bias && first + i < job.out_width) v[i] += widened(bias[first + i]);
   T* y = static_cast<T*>(job.y) + token * job.out_width + first;
   if (job.out_width % 4 == 0) {
     *reinterpret_cast<uint2*>(y) = make_uint2(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
@@ -260,7 +236,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (first + i < job.out_width) y[i] = narrow<T>(v[i]);
+    if (first + i < job.out_width) y[i] = rounded<T>(v[i]);
 }
 
 // --- launch -------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KB");
 template <class E, int kTokens>
 __device__ void load_x(const Table& job, int64_t begin, E* xs) {
   const auto* x = static_cast<const E*>(job.x);
-  const bool aligned = aligned_to(x, 16) && job.width % kVector<E> == 0;
+  const bool aligned = aligned_to(x) && job.width % kVector<E> == 0;
   const int64_t vectors = job.tile / kVector<E>;
   for (int64_t i = threadIdx.x; i < kTokens * vectors; i += kThreads) {
     const int64_t t = i / vectors, c = begin + i % vectors * kVector<E>;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
     while (g >= job.group_end[l]) ++l;
     const DecodeLayer& layer = job.layers[l];
     const int64_t k = ((g - (l > 0 ? job.group_end[l - 1] : 0)) * kWarps + warp) * kR;
-    const bool whole = aligned_to(layer.weight, 16) && layer.stride % kVector<E> == 0 && job.width % kVector<E> == 0;
+    const bool whole = aligned_to(layer.weight) && layer.stride % kVector<E> == 0 && job.width % kVector<E> == 0;
     const E* rows[kR];
 #pragma unroll
     for (int r = 0; r < kR; ++r)  // past the end: the last row once more
@@ -124,10 +124,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
     const int r = lane / kLanes / kTokens, t = lane / kLanes % kTokens;
     if (lane % kLanes == 0 && k + r < layer.kept && t < job.tokens) {
       float y = sums[0];
-      if (layer.bias) y += to_float(static_cast<const E*>(layer.bias)[layer.idx ? layer.idx[k + r] : k + r]);
+      if (layer.bias) y += widened(static_cast<const E*>(layer.bias)[layer.idx ? layer.idx[k + r] : k + r]);
       const int64_t at = t * layer.kept + k + r;
       if (job.float_y) static_cast<float*>(layer.y)[at] = y;
-      else static_cast<E*>(layer.y)[at] = from_float<E>(y);
+      else static_cast<E*>(layer.y)[at] = rounded<E>(y);
     }
   }
 }

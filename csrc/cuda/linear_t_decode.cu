@@ -1,6 +1,6 @@
 // linear_t_decode: the sum of kept rows times a few tokens' factors. A block adds up some rows of a strip of columns,
 // its warps different rows of them; decode_sums.cu adds up the blocks of a strip.
-#include "activate.h"
+#include "activations.h"
 #include "decode_kernels.h"
 
 namespace ppnet::cuda {
@@ -23,9 +23,9 @@ template <class E>
 __device__ float factor(const LinearTDecode& job, int64_t t, int64_t k) {
   const int64_t at = t * job.kept + k;
   float x;
-  if (!job.up) x = to_float(static_cast<const E*>(job.x)[at]);
-  else if (job.gate) x = activate(job.act, job.gate[at]) * job.up[at];
-  else x = activate(job.act, job.up[at]);
+  if (!job.up) x = widened(static_cast<const E*>(job.x)[at]);
+  else if (job.gate) x = activate<false>(job.act, job.gate[at]) * job.up[at];
+  else x = activate<false>(job.act, job.up[at]);
   return job.z ? x * job.z[k] : x;
 }
 
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
   __shared__ float sums[kWarps][kStrip];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t d = int64_t(blockIdx.x) * kStrip + lane * kV, left = job.width - d;
-  const bool whole = aligned_to(job.weight, 16) && job.stride % kV == 0 && left >= kV;
+  const bool whole = aligned_to(job.weight) && job.stride % kV == 0 && left >= kV;
   const E* weight = static_cast<const E*>(job.weight) + d;
   const int64_t end = chunk_begin(job.kept, job.chunks, blockIdx.y + 1);
   float y[kTokens][kV] = {};

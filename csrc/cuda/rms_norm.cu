@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const __grid_constant__ R
   const int rows_at_once = static_cast<int>(blockDim.x) / kThreads, thread = static_cast<int>(threadIdx.x) % kThreads;
   const auto* weight = static_cast<const E*>(job.weight);
   const bool whole = job.width % kV == 0;
-  const bool aligned_x = whole && aligned_to(job.x, 16), aligned_y = whole && aligned_to(job.y, 16);
-  const bool aligned_weight = aligned_to(weight, 16);
+  const bool aligned_x = whole && aligned_to(job.x), aligned_y = whole && aligned_to(job.y);
+  const bool aligned_weight = aligned_to(weight);
   const int64_t stride = int64_t(gridDim.x) * rows_at_once;
   for (int64_t first = int64_t(blockIdx.x) * rows_at_once; first < job.rows; first += stride) {
     const int64_t r = first + threadIdx.x / kThreads;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(512) rms_norm_kernel(const __grid_constant__ R
       to_floats<E>(load_part(x + c, job.width - c, aligned_x), v);
       to_floats<E>(load_part(weight + c, job.width - c, aligned_weight), w);
 #pragma unroll
-      for (int i = 0; i < kV; ++i) v[i] = w[i] * to_float(from_float<E>(v[i] * factor));
+      for (int i = 0; i < kV; ++i) v[i] = w[i] * widened(rounded<E>(v[i] * factor));
       store_part(y + c, v, job.width - c, aligned_y);
     }
   }

@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
 }
 
 bool aligned_heads(const RotaryHeads& heads, int64_t vector) {
-  return aligned_to(heads.x, 16) && aligned_to(heads.y, 16) && heads.batch_stride % vector == 0 &&
+  return aligned_to(heads.x) && aligned_to(heads.y) && heads.batch_stride % vector == 0 &&
          heads.head_stride % vector == 0 && heads.token_stride % vector == 0;
 }
 
 template <class E>
 cudaError_t run(const Rotary& job, cudaStream_t stream) {
   const int64_t vector = kVector<E>;
-  const bool aligned = job.width / 2 % vector == 0 && aligned_to(job.cos, 16) && aligned_to(job.sin, 16) &&
+  const bool aligned = job.width / 2 % vector == 0 && aligned_to(job.cos) && aligned_to(job.sin) &&
                        aligned_heads(job.query, vector) && aligned_heads(job.key, vector);
   const int64_t all =
       job.batch * job.tokens * (job.query.heads + job.key.heads) * pieces(job.width, vector);

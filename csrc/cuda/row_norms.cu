@@ -37,8 +37,8 @@ __host__ __device__ inline int64_t up(int64_t a, int64_t b) { return (a + b - 1)
 // 16 bytes at a time, or single elements.
 __host__ __device__ inline bool vectors(const RowNormsTensor& t) {
   const int64_t size = t.dtype == ppnet::Dtype::f64 ? 8 : t.dtype == ppnet::Dtype::f32 ? 4 : 2;
-  return t.cols * size % 16 == 0 && t.stride * size % 16 == 0 && whole_pieces(t.weight) && whole_pieces(t.dweight) &&
-         whole_pieces(t.scale) && whole_pieces(t.unit);
+  return t.cols * size % 16 == 0 && t.stride * size % 16 == 0 && aligned_to(t.weight) && aligned_to(t.dweight) &&
+         aligned_to(t.scale) && aligned_to(t.unit);
 }
 
 // How the sums of columns are divided.

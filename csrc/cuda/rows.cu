@@ -1,6 +1,7 @@
 // gather_rows and scatter_rows: one launch for many tensors, whose descriptors travel as a kernel parameter.
 #include "rows.h"
 
+#include "elements.h"
 #include "launch.h"
 
 namespace ppnet::cuda {
@@ -21,28 +22,6 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KB");
 
-template <class T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-template <class T>
-using arithmetic_t = typename Arithmetic<T>::type;
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-template <class T>
-__device__ inline T narrow(arithmetic_t<T> x) {
-  if constexpr (sizeof(T) >= 4) return x;
-  else if constexpr (__is_same(T, __half)) return __float2half_rn(x);
-  else return __float2bfloat16_rn(x);
-}
-
 // 16 bytes of a row.
 template <class T>
 struct alignas(16) Vector {
@@ -53,11 +32,9 @@ struct alignas(16) Vector {
 template <class T>
 __device__ inline Vector<T> scaled(Vector<T> v, arithmetic_t<T> scale) {
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) v.x[i] = narrow<T>(widen(v.x[i]) * scale);
+  for (int i = 0; i < Vector<T>::kSize; ++i) v.x[i] = rounded<T>(widened(v.x[i]) * scale);
   return v;
 }
-
-__device__ inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // The tensor that a tile belongs to; `tile` becomes relative to it.
 __device__ inline const RowsTensor& find(const Table& table, int64_t& tile) {
@@ -78,7 +55,7 @@ __device__ void copy_piece(T* to, const T* from, const arithmetic_t<T>* scale, i
   using V = Vector<T>;
   const arithmetic_t<T> factor = scale ? *scale : arithmetic_t<T>(1);
   int64_t done = 0;
-  if (aligned16(to) && aligned16(from)) {
+  if (aligned_to(to) && aligned_to(from)) {
     done = n / V::kSize * V::kSize;
 #pragma unroll 4
     for (int64_t c = int64_t(lane) * V::kSize; c < done; c += 32 * V::kSize) {
@@ -89,7 +66,7 @@ __device__ void copy_piece(T* to, const T* from, const arithmetic_t<T>* scale, i
     }
   }
   for (int64_t c = done + lane; c < n; c += 32)
-    to[c] = !from ? narrow<T>(0) : scale ? narrow<T>(widen(from[c]) * factor) : from[c];
+    to[c] = !from ? rounded<T>(0) : scale ? rounded<T>(widened(from[c]) * factor) : from[c];
 }
 
 template <class T>
@@ -116,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_rows_kernel(con
 #pragma unroll 4
     for (int64_t c = lane; c < n; c += 32) {
       const T x = src[checked(t.idx[begin + c], t.full)];
-      out[c] = scale ? narrow<T>(widen(x) * scale[begin + c]) : x;
+      out[c] = scale ? rounded<T>(widened(x) * scale[begin + c]) : x;
     }
   }
 }
@@ -158,8 +135,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) scatter_rows_kernel(co
 #pragma unroll 4
     for (int64_t c = lane; c < n; c += 32) {
       const int k = t.slot[begin + c];
-      T x = narrow<T>(0);
-      if (k >= 0) x = scale ? narrow<T>(widen(src[k]) * scale[k]) : src[k];
+      T x = rounded<T>(0);
+      if (k >= 0) x = scale ? rounded<T>(widened(src[k]) * scale[k]) : src[k];
       out[c] = x;
     }
   }
@@ -185,10 +162,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) row_dot_kernel(const _
       if (t.columns) {
 #pragma unroll 4
         for (int64_t r = warp; r < t.rows; r += kWarps)
-          sum += widen(src[r * t.src_stride]) * widen(weight[r * t.weight_stride]);
+          sum += widened(src[r * t.src_stride]) * widened(weight[r * t.weight_stride]);
       } else {
 #pragma unroll 4
-        for (int64_t c = threadIdx.x; c < t.cols; c += kThreads) sum += widen(src[c]) * widen(weight[c]);
+        for (int64_t c = threadIdx.x; c < t.cols; c += kThreads) sum += widened(src[c]) * widened(weight[c]);
       }
     }
     if (!t.columns) {

@@ -3,26 +3,12 @@
 
 #include <cstdint>
 
-#include "prim.h"
+#include "elements.h"
 
 namespace ppnet::cuda {
 
 template <class T>
 inline constexpr int kVector = 16 / sizeof(T);  // elements of 16 bytes
-
-__host__ __device__ inline bool aligned_to(const void* p, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (__is_same(T, float)) return x;
-  else if constexpr (__is_same(T, __half)) return __float2half_rn(x);
-  else return __float2bfloat16_rn(x);
-}
 
 // 16 bytes, to which p is aligned. load16: read again, by others too; stream16: read once, first to leave the caches.
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
@@ -66,14 +52,14 @@ template <class T>
 __device__ __forceinline__ uint4 load_some(const T* p, int n) {
   float x[kVector<T>];
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) x[i] = i < n ? to_float(p[i]) : 0.0f;
+  for (int i = 0; i < kVector<T>; ++i) x[i] = i < n ? widened(p[i]) : 0.0f;
   return from_floats<T>(x);
 }
 template <class T>
 __device__ __forceinline__ void store_some(T* p, const float* x, int n) {
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i)
-    if (i < n) p[i] = from_float<T>(x[i]);
+    if (i < n) p[i] = rounded<T>(x[i]);
 }
 
 // The same, at once where all are there and p is aligned to 16 bytes.

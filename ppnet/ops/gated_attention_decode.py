@@ -16,6 +16,8 @@ define(
     " Tensor? lengths, float scale, int window) -> Tensor"
 )
 
+GPU_WIDTH = 256  # the largest Dh of the CUDA kernels
+
 # The packet torch.ops.ppnet.gated_attention_decode looks its overload up at every call.
 _gated_attention_decode = torch.ops.ppnet.gated_attention_decode.default
 

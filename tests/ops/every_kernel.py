@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulated
+import layers
 import torch
 from accuracy import EPSILON
 from torch import Tensor
@@ -30,6 +31,7 @@ def flat(results: Any) -> list[Tensor]:
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
     """Names, functions of the arguments, and the arguments: tensors, lists of them, or what no device minds."""
+    torch.manual_seed(0)
     x, up, gate, down = (randn(n, WIDTH, dtype=dtype) for n in (TOKENS, UNITS, UNITS, UNITS))
     idx = torch.randperm(UNITS, generator=torch.Generator().manual_seed(0))[:KEPT]
     z, bias = randn(KEPT), randn(UNITS, dtype=dtype)
@@ -41,6 +43,13 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[An
         [grad, both, idx, z],
     )
     yield "row_norms", lambda w, s: ops.row_norms(w, [s, s], [0, 1]), [both, randn(WIDTH)]
+
+    def norms(w: list[Tensor], s: Tensor) -> Any:
+        leaves = [t.detach().requires_grad_() for t in (*w, s)]
+        ours = ops.row_norms(leaves[:2], [leaves[2], leaves[2]], [0, 1])
+        return torch.autograd.grad(sum(y.square().sum() for y in ours), leaves)
+
+    yield "row_norms_backward", norms, [both, randn(WIDTH)]
     yield "gated_act", lambda u, g, s: ops.gated_act(u, g, s), [up, gate, randn(WIDTH)]
     yield (
         "gated_act_backward",
@@ -65,6 +74,20 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[An
         lambda q, k, v, g, s, n: ops.gated_attention_decode(q, k, v, groups=g, gate=s, lengths=n, window=100),
         [query[:, :4], key, value, groups, gates, lengths],
     )
+    layer = layers.attend(2, 3, 72, 6, 2, 24, dtype, keys=133, neurons=UNITS, kept="odd", bias=True, z=True)
+    names = [name for name, value in layer.items() if isinstance(value, Tensor)]
+    yield (
+        "attend_mlp_decode",
+        lambda *given: ops.attend_mlp_decode(**layer | dict(zip(names, given, strict=True))),
+        [layer[name] for name in names],
+    )
+    first = layers.qkv(2, 3, 72, 6, 2, 24, dtype, "odd", True, True)
+    parts = [first["x"], first["norm"], first["weight"], first["bias"], first["idx"], first["q_norm"], first["k_norm"]]
+    yield (
+        "qkv_decode",
+        lambda a, n, w, b, i, q, k, t: ops.qkv_decode(a, n, 1e-5, w, b, t, t, idx=i, q_norm=q, k_norm=k),
+        [*parts, randn(2, 3, 24, dtype=dtype)],
+    )
     if dtype == torch.float32:
         return
     tokens = randn(70, WIDTH, dtype=dtype)
@@ -80,11 +103,34 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., Any], list[An
         y = ops.gated_attention(q, k, v, gate=s, groups=g, is_causal=True, path="fused")
         return [y.detach(), *torch.autograd.grad(y.float().square().sum(), (q, k, v, s))]
 
-    yield "gated_attention, fused", attention, [query, key, value, groups, gates]
+    yield "gated_attention_fused", attention, [query, key, value, groups, gates]
 
 
 def on(device: str, argument: Any) -> Any:
     return [on(device, each) for each in argument] if isinstance(argument, list) else argument.to(device)
+
+
+def errors(dtype: torch.dtype, device: str) -> Iterator[tuple[str, float]]:
+    """For every call of a dtype its name, and how far the kernels of CUDA are from those of the CPU, of the largest."""
+    for name, call, arguments in calls(dtype):
+        expected = flat(call(*arguments))
+        if device == "cuda":
+            found = [t.cpu() for t in flat(call(*on(device, arguments)))]
+        else:
+            with emulated.emulated():
+                found = flat(call(*arguments))
+        yield (
+            name,
+            max(
+                ((one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-6)).item()
+                for one, other in zip(found, expected, strict=True)
+                if other.numel()
+            ),
+        )
+
+
+def allowed(dtype: torch.dtype) -> float:
+    return 8 * EPSILON[dtype]
 
 
 def main() -> int:
@@ -93,21 +139,10 @@ def main() -> int:
     if device == "cpu" and emulated.library is None:
         sys.exit("every_kernel: neither a GPU nor the emulated kernels (PPNET_EMULATOR=ON) are here")
     for dtype in NARROW:
-        for name, call, arguments in calls(dtype):
-            expected = flat(call(*arguments))
-            if device == "cuda":
-                found = [t.cpu() for t in flat(call(*on(device, arguments)))]
-            else:
-                with emulated.emulated():
-                    found = flat(call(*arguments))
-            errors = [
-                ((one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-6)).item()
-                for one, other in zip(found, expected, strict=True)
-                if other.numel()
-            ]
-            bad = not max(errors) <= 8 * EPSILON[dtype]
+        for name, error in errors(dtype, device):
+            bad = not error <= allowed(dtype)
             wrong += bad
-            print(f"{name:24} {str(dtype).removeprefix('torch.'):9} {max(errors):.1e}{'  WRONG' if bad else ''}")
+            print(f"{name:24} {str(dtype).removeprefix('torch.'):9} {error:.1e}{'  WRONG' if bad else ''}")
     return wrong
 
 

@@ -21,18 +21,6 @@ from ppnet.ops import (
 from ppnet.ops.gated_act import ACTS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-EMULATED = [pytest.param(seed, id=f"emulated-{seed}", marks=emulated.needs_emulator) for seed in emulated.SEEDS]
-
-
-@pytest.fixture(params=[*EMULATED, pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
-def device(request):
-    """Where tensors go: the CPU, with the emulated kernels under one seed; or a GPU."""
-    if request.param == "cuda":
-        yield "cuda"
-    else:
-        with emulated.emulated(request.param):
-            yield "cpu"
 
 
 def matrix(f, d, dtype, device, layout="aligned"):
