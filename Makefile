@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.ppnet
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc tests/cuda -type f -not -name '*.py*' 2>/dev/null)
-CUDA_ARCHS ?= 80 90 90a 100 120
+CUDA_ARCHS ?= 80 89 90a 100 120
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell echo $$(($(JOBS) < 8 ? $(JOBS) : 8)))
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 
 .PHONY: demo test bench lint sanitize cuda-check clean
@@ -16,8 +18,9 @@ NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)
 demo: $(STAMPS)/report
 	$(BIN)/ppnet demo --out ppnet-demo --force $(ARGS)
 
+# One process per core, with one thread each: tests set the threads that they need.
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 bench: $(STAMPS)/test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name $(ARGS)
@@ -41,11 +44,10 @@ sanitize: $(STAMPS)/test
 	  --build-lib $(SANITIZED)
 	@$(SANITIZE_ENV) -c "import ppnet._C as m; assert m.__file__.startswith('$(SANITIZED)'), m.__file__; \
 	  import ppnet.extension as e; print('== ppnet: tests with', m.__file__, 'on', ', '.join(e.supported_isas()))"
-	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
+	OMP_NUM_THREADS=1 $(SANITIZE_ENV) -m pytest -n $(WORKERS) -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
 
 # Compiles every CUDA source for every architecture, warnings and register spills being errors, and prints registers,
 # shared memory and what instructions they became.
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; nothing was checked"; exit 1; }
 	@$(PYTHON) tests/cuda/compile_kernels.py --nvcc "$(NVCC)" --archs "$(CUDA_ARCHS)" --include csrc --out build/cuda-check \

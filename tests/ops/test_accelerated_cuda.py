@@ -1,4 +1,4 @@
-"""Accelerated models on the CUDA kernels, emulated and on a GPU: logits and tokens of the plain model, at every size."""
+"""Accelerated models on the CUDA kernels, emulated and on a GPU: logits and tokens of the plain model, any size."""
 
 import pytest
 import torch
