@@ -223,7 +223,7 @@ def small_machine(monkeypatch):
     monkeypatch.setattr(cases, "WINDOW", 0.0)
     monkeypatch.setattr(machines, "steady_memory", lambda: None)
     make = results.run
-    monkeypatch.setattr(results, "run", lambda names, size, device: make(names, size="tiny", device=device))
+    monkeypatch.setattr(results, "run", lambda names, **given: make(names, **{**given, "size": "tiny"}))
 
 
 def test_without_the_extension_torch_is_the_probe(small_machine, monkeypatch):
@@ -270,6 +270,23 @@ def test_bench_writes_and_compares(bench, tmp_path):
     assert code == 0 and "ceilings of" in text and "% of ideal" in text and "against" in text, err
     code, _, err = bench("--operators", "gather_rows", "--out", out)
     assert code == 1 and "--force" in err
+
+
+def test_a_bench_that_is_stopped_keeps_what_it_measured(bench, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    measured = []
+
+    def stop_at_the_third(case, *arguments, **named):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case.variant)
+        return measure(case, *arguments, **named)
+
+    monkeypatch.setattr(results, "measure", stop_at_the_third)
+    code, _, _ = bench("--operators", "gather_rows", "--out", tmp_path / "out")
+    assert code == 130 and sorted(path.name for path in (tmp_path / "out").iterdir()) == ["result.csv", "result.json"]
+    kept = results.Result.load(tmp_path / "out")
+    assert len(kept.rows) == 2 and [row.variant for row in kept.rows] == measured
 
 
 @pytest.mark.parametrize(

@@ -25,29 +25,30 @@ struct Silu {
 struct Gelu {
   template <bool kShort, class V>
   static V value(V x) {
+    if constexpr (kShort) {
 #if defined(__AVX512F__)
-    if constexpr (kShort) return gelu_value(x, gelu_piece(x));
+      return gelu_value(x, gelu_piece(x));
 #else
-    if constexpr (kShort) return share_of<true>(x, short_normal_odds(x, short_normal_size(x)));
+      return share_of<true>(x, short_normal_odds(x, short_normal_size(x)));
 #endif
-    V bell;
-    return x * normal_cdf(x, bell);
+    } else {
+      V bell;
+      return x * normal_cdf(x, bell);
+    }
   }
   template <bool kShort, class V>
   static void both(V x, V& f, V& slope) {
-#if defined(__AVX512F__)
     if constexpr (kShort) {
+#if defined(__AVX512F__)
       const GeluPiece at = gelu_piece(x);
       f = gelu_value(x, at);
       slope = gelu_slope(x, at);
-      return;
-    }
-#endif
-    if constexpr (kShort) {
+#else
       const V one = constant<V>(1), size = short_normal_size(x);
       const V p = share_of<true>(one, short_normal_odds(x, size));
       f = x * p;
       slope = fma(f * (one - p), short_normal_slope(size), p);
+#endif
     } else {
       V bell;
       const V p = normal_cdf(x, bell);

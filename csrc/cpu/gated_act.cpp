@@ -7,8 +7,6 @@ namespace ppnet {
 namespace PPNET_ISA {
 namespace {
 
-// Loops over the vectors of a line must be unrolled whole, or the line lives in memory in place of registers.
-#define PPNET_UNROLL _Pragma("GCC unroll 32")
 // The work on a line must be part of the loop over lines, or its constants are loaded anew for each.
 #define PPNET_INLINE __attribute__((always_inline)) inline
 

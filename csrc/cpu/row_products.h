@@ -18,9 +18,6 @@ namespace {
 using ppnet::Dtype;
 using ppnet::kGroup;
 
-// Loops over rows, tokens and vectors must be unrolled whole, or their sums live in memory in place of registers.
-#define PPNET_UNROLL _Pragma("GCC unroll 32")
-
 constexpr int kBlockRows = 16;
 constexpr int64_t kLineBytes = 64;  // bytes
 

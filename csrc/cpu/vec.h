@@ -7,6 +7,10 @@
 
 #include "convert.h"
 
+// Loops over rows, tokens and the vectors of a line must be unrolled whole, or what they hold lives in memory in place
+// of registers.
+#define PPNET_UNROLL _Pragma("GCC unroll 32")
+
 namespace {
 
 #if defined(__AVX512F__)

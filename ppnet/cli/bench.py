@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,9 +124,10 @@ def bench_operators(
     earlier = None if compare is None else results.Result.load(compare)
     names = None if operators is None else [name.strip() for name in operators.split(",") if name.strip()]
     with quiet_stdout():
-        found = results.run(names, size="quick" if quick else "full", device=place(device))
+        keep = None if out is None else partial(_write, out)
+        found = results.run(names, size="quick" if quick else "full", device=place(device), keep=keep)
         if out is not None:
-            _write(found, out)
+            _draw(out, found)
     parts = [_ceilings(found), _where(found), _table(found), RATIOS]
     value = found.to_dict()
     if earlier is not None:
@@ -144,16 +146,18 @@ def _require_matplotlib() -> None:
         raise PPNetError("out: the figure needs matplotlib; run: pip install 'ppnet[report]'") from error
 
 
-def _write(found: Result, out: Path) -> None:
+def _write(out: Path, found: Result) -> None:
+    from ppnet.files import write_files
+
+    write_files(out, {"result.json": found.to_json().encode(), "result.csv": found.to_csv().encode()})
+
+
+def _draw(out: Path, found: Result) -> None:
     from ppnet.files import write_files
     from ppnet.reporting.plots import png
     from ppnet.roofline.plot import roofline
 
-    figure = png(roofline(found))
-    write_files(
-        out,
-        {"result.json": found.to_json().encode(), "result.csv": found.to_csv().encode(), "roofline.png": figure},
-    )
+    write_files(out, {"roofline.png": png(roofline(found))})
 
 
 def _ceilings(found: Result) -> Any:

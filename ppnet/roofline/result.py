@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,16 @@ def chosen(operators: Sequence[str] | None, size: Size, device: torch.device) ->
     return [case for name in names for case in OPERATORS[name](size, device)]
 
 
-def run(operators: Sequence[str] | None = None, *, size: Size = "full", device: str | torch.device = "cpu") -> Result:
+def run(
+    operators: Sequence[str] | None = None,
+    *,
+    size: Size = "full",
+    device: str | torch.device = "cpu",
+    keep: Callable[[Result], None] | None = None,
+) -> Result:
     """Measures the machine, then every case of the named operators (None: all), each beside its baselines.
+
+    `keep` is called after every case with all that is measured so far, so that a run that is stopped loses nothing.
 
     Raises:
         PPNetError: an operator is not known.
@@ -115,6 +123,8 @@ def run(operators: Sequence[str] | None = None, *, size: Size = "full", device: 
         for case in cases:
             rows.append(measure(case, machine, seconds=SECONDS[size], least=7 if size == "full" else 5))
             report.advance()
+            if keep is not None:
+                keep(Result(machine.to_dict(), size, rows))
     return Result(machine.to_dict(), size, rows)
 
 
