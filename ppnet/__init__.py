@@ -21,8 +21,12 @@ from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
     from ppnet import evaluate
+    from ppnet import scores as scores
+    from ppnet.calibration import calibration_batches
     from ppnet.reporting import report
-    from ppnet.train import PuppetCallback, PuppetTrainer, PuppetTrainerMixin
+    from ppnet.scores.result import Scores
+    from ppnet.scores.score import score
+    from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
 __version__ = "0.1.0"
 
@@ -31,21 +35,31 @@ _LAZY = {
     "PuppetTrainer": "ppnet.train",
     "PuppetTrainerMixin": "ppnet.train",
     "PuppetCallback": "ppnet.train",
+    "DistillationTrainer": "ppnet.train",
+    "calibration_batches": "ppnet.calibration",
+    "heal": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
+    "Scores": "ppnet.scores",
+    "score": "ppnet.scores",
+    "scores": "ppnet.scores",
 }
 
 __all__ = [
+    "DistillationTrainer",
     "Plan",
     "PuppetCallback",
     "PuppetConfig",
     "PuppetTrainer",
     "PuppetTrainerMixin",
+    "Scores",
     "accelerate",
     "build_info",
+    "calibration_batches",
     "compact",
     "decelerate",
     "evaluate",
+    "heal",
     "inspect",
     "load",
     "plan",
@@ -53,6 +67,8 @@ __all__ = [
     "report",
     "resize",
     "save",
+    "score",
+    "scores",
     "size_curve",
     "unwrap",
     "wrap",

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.accelerate import take_off
-from ppnet.equivalence import check_equivalent
-from ppnet.errors import EquivalenceError, PlanError
+from ppnet.equivalence import as_dense, check_equivalent, plain_evaluation
+from ppnet.errors import EquivalenceError, PlanError, PPNetError
 from ppnet.families import FAMILIES
 from ppnet.plan import Plan
+from ppnet.redistribute import RIDGE, check_options
+from ppnet.redistribute import redistribute as refit
 from ppnet.shipped import shipped
 from ppnet.size import plan as plan_for_size
 from ppnet.size import refuse_options
-from ppnet.units import Leaf, Site, Structure
+from ppnet.units import Site, Structure
 from ppnet.wrap import is_accelerated, is_wrapped, strip, structure_for
 
 Scales = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -37,6 +39,11 @@ def compact(
     *,
     check: bool = True,
     metric: str = "params",
+    redistribute: Any = None,
+    tokenizer: Any = None,
+    redistribution: str | None = None,
+    ridge: float = RIDGE,
+    sequential: bool = True,
     **plan_kwargs: Any,
 ) -> Any:
     """A new, smaller model holding the units that a plan keeps. The given model is not changed.
@@ -45,12 +52,23 @@ def compact(
     and on models that never had any. Weights keep their dtype, device and `requires_grad`; tied embeddings stay tied.
     Peak memory is the dense plus the small model. The plan is attached as ``result.ppnet_plan``.
 
+    With `redistribute`, the output projections are refitted so that the units that stay take over what removed ones
+    gave (`ppnet.redistribute`); what was done is in ``result.ppnet_plan.extra["redistribution"]``.
+
     Args:
         model: a `PreTrainedModel` of a supported family.
         size_or_plan: a `Plan`, or a size that ``ppnet.plan(model, size, metric=metric, **plan_kwargs)`` accepts.
         check: compare the logits of the result with those of the masked dense model on random tokens
-            (`ppnet.equivalence`): at most 1e-5 of the largest logit apart in float32.
-        metric: what a size means: ``params``, ``flops`` or ``bytes``.
+            (`ppnet.equivalence`): at most 1e-5 of the largest logit apart in float32. After redistribution the masked
+            dense model computes with the refitted projections: what is checked is that nothing else has changed.
+        metric: what a size means: ``params``, ``flops``, ``bytes`` or ``latency``.
+        redistribute: calibration data: text, files, token ids, a dataset or batches (`ppnet.calibration_batches`, whose
+            result may be given, too); None: nothing is redistributed.
+        tokenizer: the model's tokenizer, where `redistribute` is text.
+        redistribution: ``least_squares`` (the default), ``nearest``, ``mean`` or ``none``.
+        ridge: of the least squares, as a share of the mean squared feature.
+        sequential: refit layer after layer on what the small model itself computes; False: all on the dense model's
+            activations.
         **plan_kwargs: further arguments of `ppnet.plan`.
 
     Raises:
@@ -59,15 +77,43 @@ def compact(
         PlanError: the plan is of another model.
         SizeError: the size cannot be met.
         EquivalenceError: the result does not reproduce the masked model.
+        DataError: the data cannot be read, or the model gives NaN on it.
+        PPNetError: `redistribution` is unknown or without data, or `ridge` is negative.
     """
+    method = _method(redistribute, redistribution, ridge)
     plan = _plan(model, size_or_plan, metric, plan_kwargs)
     structure = planned_structure(model, plan)
-    small = _copy_kept(model, structure, plan, _scales(model, structure, plan))
+    scales = _scales(model, structure, plan)
+    batches = None if method == "none" else _batches(model, redistribute, tokenizer)
+    small = _copy_kept(model, structure, plan, scales)
     _fit_config(small, structure, plan)
+    if batches is not None:
+        with as_dense(model, structure, plan), plain_evaluation(model, small):
+            done = refit(
+                model, small, structure, plan, scales, batches, method=method, ridge=ridge, sequential=sequential
+            )
+        plan = replace(plan, extra={**plan.extra, "redistribution": done})
     small.ppnet_plan = plan
     if check:
-        check_equivalent(model, small, structure, plan)
+        check_equivalent(model, small, structure, plan, refitted=batches is not None)
     return small
+
+
+def _batches(model: nn.Module, data: Any, tokenizer: Any) -> Any:
+    # Imported here: it brings transformers' trainer along.
+    from ppnet.calibration import calibration_batches
+
+    return calibration_batches(model, data, tokenizer)
+
+
+def _method(redistribute: Any, redistribution: str | None, ridge: float) -> str:
+    if redistribute is None and redistribution not in (None, "none"):
+        raise PPNetError(
+            f"redistribution: {redistribution!r} needs calibration data; give text or token ids as redistribute=..."
+        )
+    method = "none" if redistribute is None else "least_squares" if redistribution is None else redistribution
+    check_options(method, ridge)
+    return method
 
 
 def planned_structure(model: nn.Module, plan: Plan) -> Structure:
@@ -112,11 +158,6 @@ def _scales(model: nn.Module, structure: Structure, plan: Plan) -> Scales:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _units_of_features(leaf: Leaf, units: Tensor) -> Tensor:
-    """Which unit each feature of `leaf.features(units)` belongs to: int64 ``(K * r,)``."""
-    return torch.cat([units.repeat_interleave(width) for width in leaf.blocks])
-
-
 def _kept_parameter(parameter: nn.Parameter, dim: int, features: Tensor, factors: dict[int, Tensor]) -> nn.Parameter:
     """A parameter with the given features of one axis, multiplied per axis in at least float32, in its own dtype."""
     kept = parameter.detach().index_select(dim, features.to(parameter.device))
@@ -141,7 +182,7 @@ def _kept_parameters(
         factors: dict[int, Tensor] = {}
         if leaf is site.consumer:
             if unit_scale is not None:
-                factors[leaf.weight_dim] = unit_scale[_units_of_features(leaf, units).to(unit_scale.device)]
+                factors[leaf.weight_dim] = unit_scale[leaf.owners(units).to(unit_scale.device)]
         else:
             if input_scale is not None:
                 factors[1 - leaf.weight_dim] = input_scale

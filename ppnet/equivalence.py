@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ppnet.errors import EquivalenceError
 from ppnet.modes import evaluating
 from ppnet.plan import Plan
-from ppnet.units import Structure
+from ppnet.units import Site, Structure, leaf_module
 from ppnet.wrap import engine_of, is_wrapped
 
 # Largest difference of logits as a fraction of the largest logit. In float32 both models add the same non-zero products
@@ -34,6 +35,7 @@ def masked(
     structure: Structure,
     plan: Plan,
     scales: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+    refitted: nn.Module | None = None,
 ) -> Iterator[None]:
     """Forwards inside multiply dropped units by zero, at dense cost: the definition that compaction must reproduce.
 
@@ -42,8 +44,10 @@ def masked(
 
     Args:
         scales: per site (unit scale ``(U,)`` or None, input scale ``(D,)`` or None).
+        refitted: a compacted model whose output projections take the place of the model's, which then have zeros for
+            the features of dropped units; they hold the unit scales already.
     """
-    handles = []
+    handles: list[Any] = []
 
     def multiply(name: str, factor: Tensor) -> None:
         module: Any = model.get_submodule(name)
@@ -56,6 +60,9 @@ def masked(
         ):
             keep = torch.zeros(site.units)
             keep[plan.kept[site.name]] = 1.0
+            if refitted is not None:
+                handles.append(_use_projection(model, refitted, site, torch.tensor(plan.kept[site.name])))
+                unit_scale = None
             per_unit = keep if unit_scale is None else keep * unit_scale.detach().float().cpu()
             factor = torch.zeros(site.consumer.index.numel())
             factor[site.consumer.index] = per_unit[:, None].expand(site.consumer.index.shape)
@@ -69,8 +76,20 @@ def masked(
             handle.remove()
 
 
+def _use_projection(model: nn.Module, refitted: nn.Module, site: Site, kept: Tensor) -> Any:
+    """A hook that makes a consumer compute with the small model's weight and bias, at dense width."""
+    leaf = site.consumer
+    dense, small = leaf_module(model, leaf), leaf_module(refitted, leaf)
+    weight = torch.zeros_like(dense.weight)
+    weight.index_copy_(leaf.weight_dim, leaf.features(kept).to(weight.device), small.weight.detach())
+    matrix = weight if leaf.weight_dim == 1 else weight.T
+    return dense.register_forward_hook(
+        lambda module, inputs, output: nn.functional.linear(inputs[0], matrix, small.bias)
+    )
+
+
 @contextmanager
-def _reference(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]:
+def _reference(model: nn.Module, structure: Structure, plan: Plan, refitted: nn.Module | None = None) -> Iterator[None]:
     """The model as the plan masks it, by hooks alone: no code is shared with the slicing that is checked."""
     scales = None
     engine = None
@@ -79,7 +98,7 @@ def _reference(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[N
         scales = engine.puppet.scales(plan.u)
         engine.bypass = True
     try:
-        with masked(model, structure, plan, scales):
+        with masked(model, structure, plan, scales, refitted):
             yield
     finally:
         if engine is not None:
@@ -87,7 +106,15 @@ def _reference(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[N
 
 
 @contextmanager
-def _plain_evaluation(*models: nn.Module) -> Iterator[None]:
+def as_dense(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]:
+    """The model with all its units, whatever its size and mode: of gated models the pass at lambda = 0."""
+    everything = {site.name: list(range(site.units)) for site in structure.sites}
+    with _reference(model, structure, replace(plan, kept=everything, u=0.0)):
+        yield
+
+
+@contextmanager
+def plain_evaluation(*models: nn.Module) -> Iterator[None]:
     """No dropout, no autocast, no reduced-precision matrix products; every flag is restored."""
     precision = torch.get_float32_matmul_precision()
     device = next(models[0].parameters()).device.type
@@ -130,12 +157,15 @@ def _distance(expected: Tensor, found: Tensor) -> float:
     return float((expected - found.to(expected.device)).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def check_equivalent(model: Any, small: Any, structure: Structure, plan: Plan) -> float:
+def check_equivalent(model: Any, small: Any, structure: Structure, plan: Plan, refitted: bool = False) -> float:
     """Compares a compacted model with the masked dense one on random tokens, padded and not, in evaluation mode.
 
     float32 and float64 models must agree to 1e-5 of the largest logit. Half-precision models are compared in their own
     dtype, to 8 of its rounding units: float32 copies of a large model would not fit where the model does. To check one
     to 1e-5, compact ``model.float()``.
+
+    Args:
+        refitted: the small model's output projections are not the model's own; the masked model then uses them.
 
     Returns:
         The largest difference relative to the largest logit.
@@ -145,16 +175,18 @@ def check_equivalent(model: Any, small: Any, structure: Structure, plan: Plan) -
     """
     allowed = tolerance(small.dtype)
     worst = 0.0
-    with _plain_evaluation(model, small):
+    projections = small if refitted else None
+    with plain_evaluation(model, small):
         for batch in _batches(model, structure):
-            with _reference(model, structure, plan):
+            with _reference(model, structure, plan, projections):
                 expected = _answer(_run(model, batch), batch)
             distance = _distance(expected, _answer(_run(small, batch), batch))
             if not distance <= allowed:
+                place = _divergence(model, small, structure, plan, batch, allowed, projections)
                 raise EquivalenceError(
                     f"compact: logits differ from the masked model's by {distance:.3g} of the largest logit (allowed "
                     f"{allowed:.3g} in {str(small.dtype).removeprefix('torch.')}); "
-                    f"{_divergence(model, small, structure, plan, batch, allowed)}. The given model is unchanged. "
+                    f"{place}. The given model is unchanged. "
                     "If its logits are finite, the family's site table is at fault: please report it with the config."
                 )
             worst = max(worst, distance)
@@ -162,10 +194,16 @@ def check_equivalent(model: Any, small: Any, structure: Structure, plan: Plan) -
 
 
 def _divergence(
-    model: Any, small: Any, structure: Structure, plan: Plan, batch: dict[str, Tensor], allowed: float
+    model: Any,
+    small: Any,
+    structure: Structure,
+    plan: Plan,
+    batch: dict[str, Tensor],
+    allowed: float,
+    projections: nn.Module | None,
 ) -> str:
     """Where two models part, in words."""
-    with _reference(model, structure, plan):
+    with _reference(model, structure, plan, projections):
         expected = _run(model, batch, output_hidden_states=True).hidden_states
     found = _run(small, batch, output_hidden_states=True).hidden_states
     real = batch["attention_mask"].bool()

@@ -27,14 +27,20 @@ def certainly(condition: bool) -> bool:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag returns afterwards."""
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own training flag returns afterwards."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own training flag returns afterwards."""
+    with evaluation_mode(*models), torch.no_grad():
+        yield

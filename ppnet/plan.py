@@ -27,10 +27,11 @@ class Plan:
         cost: what the compacted model costs.
         dense_cost: what the dense model costs.
         asked: the size asked for, in units of `metric` (None: the plan was given by hand).
-        metric: ``params``, ``flops`` or ``bytes``.
+        metric: ``params``, ``flops``, ``bytes``, or another of `ppnet.metrics`.
         u: position on the gates' cost axis, u = lambda / (lambda + 1) in [0, 1]; the amplitudes are taken there. 0 for
             plans made without gates.
-        source: what ranked the units: ``gates``, ``magnitude``, or a caller's word.
+        source: what ranked the units: ``gates``, ``magnitude``, the method of scores, or a caller's word.
+        extra: of a metric that is not in `cost`: the size ``achieved``, that of ``dense``, and how they were read.
     """
 
     model_type: str
@@ -48,6 +49,16 @@ class Plan:
     def lambda_(self) -> float:
         """The price of computation at which the gates were read: u / (1 - u), infinite at u = 1."""
         return self.u / (1.0 - self.u) if self.u < 1.0 else float("inf")
+
+    @property
+    def achieved(self) -> float:
+        """The size in units of `metric`."""
+        return self.extra["achieved"] if "achieved" in self.extra else self.cost.of(self.metric)
+
+    @property
+    def dense(self) -> float:
+        """The dense model's size in units of `metric`."""
+        return self.extra["dense"] if "dense" in self.extra else self.dense_cost.of(self.metric)
 
     def counts(self, structure: Structure) -> list[int]:
         """Kept units per site, in the structure's order."""

@@ -60,6 +60,10 @@ class Leaf:
             return picked.reshape(-1)
         return torch.cat([part.reshape(-1) for part in picked.split(list(self.blocks), dim=1)])
 
+    def owners(self, units: Tensor) -> Tensor:
+        """Which unit each feature of `features(units)` belongs to: int64 ``(K * r,)``."""
+        return torch.cat([units.repeat_interleave(width) for width in self.blocks])
+
 
 @dataclass(frozen=True, eq=False)
 class Site:

@@ -88,6 +88,31 @@ def test_resize_then_compact_then_eval(ok, ppnet, folders, tmp_path):
     assert ok("resize", folders["puppet"], "--size", 0.5, "--of", "gated", "--multiple-of", "neuron=4")["of"] == "gated"
 
 
+def test_compact_with_redistribution_then_heal(ok, ppnet, refused, folders, tmp_path):
+    small, healed = tmp_path / "small", tmp_path / "healed"
+    size = ("--size", 0.5, "--of", "gated")
+    plain = ok("compact", folders["dense"], *size, "--out", tmp_path / "plain")
+    assert plain["redistribution"] is None
+    made = ok("compact", folders["dense"], *size, "--redistribute", folders["text"], "--out", small)
+    done = made["redistribution"]
+    assert done["method"] == "least_squares" and done["tokens"] > 500 and made["cost"] == plain["cost"]
+    assert Plan.load(small / "ppnet_plan.json").extra["redistribution"] == done
+    options = ("--teacher", folders["dense"], "--data", folders["text"], "--length", 32)
+    trained = ok("heal", small, *options, "--steps", 3, "--direction", "jsd", "--hidden", 0.1, "--out", healed)
+    assert trained["steps"] == 3 and trained["parameters"] == made["cost"]["params"]
+    assert trained["loss"] > 0 and trained["distillation_kl"] > 0 and trained["hidden_loss"] > 0
+    assert ok("eval", healed, "--data", folders["text"])["rows"][0]["params"] == made["cost"]["params"]
+    code, out, _ = ppnet("compact", folders["dense"], *size, "--redistribute", folders["text"], "--redistribution",
+                         "nearest", "--out", tmp_path / "text")  # fmt: skip
+    assert code == 0 and "redistributed by nearest on" in out
+    nowhere = tmp_path / "nowhere.txt"
+    out = ("--out", tmp_path / "unused")
+    assert "does not exist" in refused("compact", folders["dense"], *size, "--redistribute", nowhere, *out)
+    assert "needs calibration data" in refused("compact", folders["dense"], *size, "--redistribution", "mean", *out)
+    assert "does not exist" in refused("heal", small, "--teacher", folders["dense"], "--data", nowhere, *out)
+    assert "is not a folder" in refused("heal", small, "--teacher", nowhere, "--data", folders["text"], *out)
+
+
 def test_eval_at_sizes_prints_a_table(ppnet, folders):
     code, out, _ = ppnet("eval", folders["puppet"], "--data", folders["text"], "--sizes", "1,0.6", "--max-tokens", 200)
     assert code == 0 and "perplexity" in out and "0.6" in out
@@ -132,7 +157,7 @@ def test_wrong_requests_say_what_to_do(refused, folders, tmp_path):
     assert "no config.json" in refused("eval", tmp_path, "--data", text, "--tokenizer", puppet)
     assert "above the dense" in refused("resize", puppet, "--size", 10**9)
     assert "smallest" in refused("resize", puppet, "--size", 0.001)
-    assert "metric" in refused("resize", puppet, "--size", 0.5, "--metric", "latency")
+    assert "metric" in refused("resize", puppet, "--size", 0.5, "--metric", "time")
     assert "of:" in refused("resize", puppet, "--size", 0.5, "--of", "layers")
     assert "not a number" in refused("resize", puppet, "--size", "half")
     assert "kind=number" in refused("resize", puppet, "--size", 0.5, "--multiple-of", "neuron")

@@ -206,7 +206,7 @@ def test_sizes_that_cannot_be_met(build, call):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"metric": "latency"}, PPNetError, r"metric: 'latency' is not known; use one of 'params', 'flops', 'bytes'"),
+        ({"metric": "time"}, PPNetError, r"metric: 'time' is not known; use one of 'params', 'flops', 'bytes'"),
         ({"of": "layers"}, PPNetError, r"of: 'layers' is not known; use 'model' or 'gated'"),
         ({"allocation": "best"}, PlanError, r"allocation: 'best' is not known; use one of uniform, global"),
         (

@@ -21,12 +21,17 @@ Value = TypeVar("Value")
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON value to stdout and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into an output that exists already.")]
-Metric = Annotated[str, typer.Option(help="What a size counts: params, flops or bytes.")]
+Metric = Annotated[str, typer.Option(help="What a size counts: params, flops, bytes or latency.")]
+ScoresFile = Annotated[Path | None, typer.Option("--scores", help="Rank units by scores that `ppnet score` wrote.")]
+Allocation = Annotated[
+    str, typer.Option(help="Of scores over layers: uniform, global, or cost (score per what a unit costs).")
+]
 Of = Annotated[str, typer.Option(help="What a fraction is taken of: the whole model, or the gated units alone.")]
 MultipleOf = Annotated[
     list[str] | None, typer.Option(help="Round kept widths, e.g. neuron=64 or kv_group=2; may be given for each kind.")
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder; default: the model's folder.")]
+Separator = Annotated[str | None, typer.Option(help="Splits the text into documents, e.g. '<|endoftext|>'.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
 Sizes = Annotated[
@@ -125,6 +130,19 @@ def parse_multiple_of(pairs: list[str] | None) -> dict[str, int] | None:
     return found
 
 
+def load_scores(path: Path | None) -> Any:
+    """Scores from a file, or None.
+
+    Raises:
+        CheckpointError: not a file of scores.
+    """
+    if path is None:
+        return None
+    from ppnet.scores import Scores
+
+    return Scores.load(path)
+
+
 def check_output(path: Path, force: bool) -> None:
     """Refuses to write over something that exists, unless told to.
 
@@ -203,6 +221,9 @@ def achieved(plan: Any) -> dict[str, Any]:
         "cost": cost,
         "dense_cost": dense,
         "fraction": {metric: cost[metric] / dense[metric] for metric in cost},
+        "metric": plan.metric,
+        "achieved": plan.achieved,
+        "dense": plan.dense,
         "kept": {name: len(units) for name, units in plan.kept.items()},
         "dense_units": plan.dense_units,
     }
@@ -214,4 +235,7 @@ def cost_table(title: str, result: dict[str, Any]) -> Table:
         [name, f"{result['cost'][metric]:,}", f"{result['dense_cost'][metric]:,}", f"{result['fraction'][metric]:.2%}"]
         for metric, name in names.items()
     ]
+    if result["metric"] not in names:
+        small, dense = result["achieved"], result["dense"]
+        rows.append([result["metric"], f"{small:,.1f}", f"{dense:,.1f}", f"{small / dense:.2%}"])
     return table(title, ["", "small", "dense", "of dense"], rows)

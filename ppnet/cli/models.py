@@ -1,22 +1,28 @@
-"""``ppnet inspect | resize | compact``: what a model is made of, which units stay at a size, the small model."""
+"""``ppnet inspect | resize | compact | heal``: a model's units, which stay at a size, the small model, its healing."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ppnet.cli.common import (
+    Allocation,
+    Device,
     Force,
     Json,
     Metric,
     MultipleOf,
     Of,
+    ScoresFile,
+    Separator,
+    Tokenizer,
     achieved,
     check_output,
     cost_table,
     load_model,
+    load_scores,
     load_tokenizer,
     parse_multiple_of,
     parse_size,
@@ -47,13 +53,15 @@ def resize(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
+    scores: ScoresFile = None,
+    allocation: Allocation = "uniform",
     out: Annotated[Path | None, typer.Option(help="Write the plan (which units stay) to this JSON file.")] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Decide which units stay at a size, and write it down as a plan.
 
-    Gates rank the units; a model without gates is ranked by magnitude.
+    Gates rank the units, or scores if a file of them is given; a model without either is ranked by magnitude.
 
     Example:  ppnet resize puppet --size 0.5 --metric flops --out plan.json
     """
@@ -63,7 +71,10 @@ def resize(
     if out is not None:
         check_output(out, force)
     with quiet_stdout():
-        plan = make_plan(load_model(folder, "cpu"), wanted, metric=metric, of=of, multiple_of=multiples)
+        plan = make_plan(
+            load_model(folder, "cpu"), wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
+            scores=load_scores(scores),
+        )  # fmt: skip
     if out is not None:
         plan.save(out)
     result = {"size": wanted, "metric": metric, "of": of, **achieved(plan), "plan": out}
@@ -84,14 +95,26 @@ def compact(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
+    scores: ScoresFile = None,
+    allocation: Allocation = "uniform",
     check: Annotated[bool, typer.Option(help="Compare the small model's logits with the masked model's.")] = True,
+    redistribute: Annotated[
+        Path | None, typer.Option(help="Text to refit what stays on, so that it takes over what removed units gave.")
+    ] = None,
+    redistribution: Annotated[
+        str | None, typer.Option(help="How: least_squares (if not given), nearest or mean.")
+    ] = None,
+    separator: Separator = None,
+    tokenizer: Tokenizer = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Write a smaller, ordinary Hugging Face model that holds only the units that stay.
 
     Example:  ppnet compact puppet --size 0.5 --out small
+    Example:  ppnet compact puppet --size 0.5 --redistribute text.txt --out small
     Example:  ppnet compact puppet --plan plan.json --out small
+    Example:  ppnet compact models/llama --size 0.5 --scores scores.safetensors --out small
     """
     from ppnet.checkpoint import save
     from ppnet.compact import compact as compact_model
@@ -105,20 +128,28 @@ def compact(
     multiples = parse_multiple_of(multiple_of)
     if plan is not None:
         rounding = {} if multiples is None else {"multiple-of": multiples}
-        refuse_options("--plan is given", metric=metric, of=of, **rounding)
+        ranking = {"scores": scores, "allocation": None if allocation == "uniform" else allocation}
+        given = {name: value for name, value in ranking.items() if value is not None}
+        refuse_options("--plan is given", metric=metric, of=of, **rounding, **given)
     decided = Plan.load(plan) if plan is not None else None
     wanted = parse_size(size) if size is not None else None
     with quiet_stdout():
         model = load_model(folder, "cpu")
         if decided is None:
             assert wanted is not None
-            decided = make_plan(model, wanted, metric=metric, of=of, multiple_of=multiples)
-        small = compact_model(model, decided, check=check)
+            decided = make_plan(
+                model, wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
+                scores=load_scores(scores),
+            )  # fmt: skip
         try:
-            tokenizer = load_tokenizer(folder)
+            words = load_tokenizer(tokenizer or folder)
         except DataError:
-            tokenizer = None  # a model without a tokenizer stays one
-        save(small, out, tokenizer)
+            if tokenizer is not None or redistribute is not None:
+                raise
+            words = None  # a model without a tokenizer stays one
+        batches = None if redistribute is None else _calibration(model, redistribute, words, separator)
+        small = compact_model(model, decided, check=check, redistribute=batches, redistribution=redistribution)
+        save(small, out, words)
     files = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     if not files:
         raise PPNetError(f"out: {out} holds no weights after saving.")
@@ -127,8 +158,9 @@ def compact(
         "class": type(small).__name__,
         "checked": check,
         "file_bytes": files,
-        "tokenizer": tokenizer is not None,
+        "tokenizer": words is not None,
         **achieved(decided),
+        "redistribution": small.ppnet_plan.extra.get("redistribution"),
     }
     show(
         result,
@@ -136,10 +168,82 @@ def compact(
         cost_table(f"{type(small).__name__}, units ranked by {decided.source}", result),
         f"written to {out}: {files:,} bytes of weights"
         + ("; logits equal the masked model's" if check else "; logits not compared (--no-check)")
-        + ("" if tokenizer is not None else "; no tokenizer found beside the model"),
+        + ("" if words is not None else "; no tokenizer found beside the model"),
+        _redistributed(result["redistribution"]),
     )
 
 
+def _calibration(model: Any, file: Path, tokenizer: Any, separator: str | None) -> Any:
+    from ppnet.calibration import calibration_batches
+
+    if not file.is_file():
+        raise DataError(f"redistribute: {file} does not exist; give an existing text or .jsonl file.")
+    return calibration_batches(model, file, tokenizer, separator=separator)
+
+
+def _redistributed(done: dict[str, Any] | None) -> str:
+    if done is None:
+        return "nothing redistributed (--redistribute text.txt)"
+    errors = done["errors"].values()
+    before, after = (sum(e[key] for e in errors) / max(len(errors), 1) for key in ("before", "after"))
+    return (
+        f"redistributed by {done['method']} on {done['tokens']:,} tokens: the sub-layers' outputs miss {after:.1%} of "
+        f"their squared length, {before:.1%} before"
+    )
+
+
+def heal(
+    folder: Folder,
+    teacher: Annotated[Path, typer.Option(help="Folder of the dense model that the small one came from.")],
+    data: Annotated[list[Path], typer.Option("--data", help="UTF-8 text or .jsonl file; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder of the healed model.")],
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; default: 512, or the model's context.")
+    ] = None,
+    weight: Annotated[float, typer.Option(help="The teacher's share of the loss, 0 to 1.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Temperature of both models' answers.")] = 2.0,
+    direction: Annotated[str, typer.Option(help="forward, reverse or jsd.")] = "forward",
+    hidden: Annotated[float, typer.Option(help="Weight of the hidden states' distance.")] = 0.0,
+    lora: Annotated[
+        int | None, typer.Option(help="Train low-rank adapters of this rank only, then merge them.")
+    ] = None,
+    separator: Separator = None,
+    tokenizer: Tokenizer = None,
+    device: Device = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Train a small model on the answers of the dense one it came from.
+
+    Example:  ppnet heal small --teacher models/llama --data train.txt --steps 500 --out healed
+    """
+    from ppnet.checkpoint import save
+    from ppnet.train.healing import LastLog
+    from ppnet.train.healing import heal as heal_model
+
+    for file in data:
+        if not file.is_file():
+            raise DataError(f"data: {file} does not exist; give existing text or .jsonl files.")
+    check_output(out, force)
+    log = LastLog()
+    with quiet_stdout():
+        words = load_tokenizer(tokenizer or folder)
+        model, dense = load_model(folder, device), load_model(teacher, device)
+        heal_model(
+            model, dense, list(data), steps=steps, tokenizer=words, learning_rate=lr, batch_size=batch, length=length,
+            separator=separator, lora=lora, callbacks=[log], weight=weight, temperature=temperature,
+            direction=direction, hidden=hidden,
+        )  # fmt: skip
+        save(model, out, words)
+    terms = {name: log.values.get(name) for name in ("loss", "nll", "distillation_kl", "hidden_loss")}
+    result = {"out": out, "steps": steps, "parameters": sum(p.numel() for p in model.parameters()), **terms}
+    lines = [f"{name}: {value:.4g}" for name, value in terms.items() if value is not None]
+    show(result, json, f"after {steps} steps: " + ", ".join(lines), f"written to {out}")
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (inspect, resize, compact):
+    for command in (inspect, resize, compact, heal):
         app.command()(command)

@@ -14,6 +14,7 @@ from ppnet.cli.common import (
     Device,
     Force,
     Json,
+    Separator,
     Tokenizer,
     check_output,
     load_model,
@@ -57,7 +58,7 @@ def train(
     options: Annotated[
         list[str] | None, typer.Option("--set", help="Any PuppetConfig option, e.g. lambda_rate=0.5; may be repeated.")
     ] = None,
-    separator: Annotated[str | None, typer.Option(help="Splits the text into documents, e.g. '<|endoftext|>'.")] = None,
+    separator: Separator = None,
     max_tokens: Annotated[int | None, typer.Option(help="Read only the first so many tokens.")] = None,
     tokenizer: Tokenizer = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; weights stay in float32.")] = False,

@@ -26,7 +26,7 @@ def read_text(data: str | os.PathLike) -> str:
     Raises:
         DataError: no such file, not UTF-8 text, or nothing in it.
     """
-    named = isinstance(data, os.PathLike) or _looks_like_a_path(data)
+    named = isinstance(data, os.PathLike) or looks_like_a_path(data)
     if not named:
         text, where = str(data), "the given text"
     else:
@@ -45,7 +45,8 @@ def read_text(data: str | os.PathLike) -> str:
     return text
 
 
-def _looks_like_a_path(text: str) -> bool:
+def looks_like_a_path(text: str) -> bool:
+    """Whether a string is a file's name: one exists, or it is one word with a separator or a text file's suffix."""
     if len(text) > 1024 or not text or any(c.isspace() and c != " " for c in text):
         return False
     if os.path.isfile(text):
@@ -88,7 +89,7 @@ def token_sequences(
             raise DataError("tokenizer: None, and data is text; give the model's tokenizer, or token ids.")
         documents = _encode(tokenizer, data, separator, max_tokens)
         if bos == "auto":
-            wanted = separator is not None or _adds_bos(tokenizer)
+            wanted = separator is not None or adds_bos(tokenizer)
             bos = "document" if wanted and bos_id is not None else "none"
     elif bos == "auto":
         bos = "none"  # ids are taken as they are
@@ -154,7 +155,7 @@ def _first_tokens(documents: list[Tensor], max_tokens: int) -> list[Tensor]:
     return kept
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts BOS in front by itself, which is what pruning papers score with."""
     ids = tokenizer("a", add_special_tokens=True)["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id

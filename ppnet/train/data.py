@@ -19,7 +19,7 @@ from ppnet.evaluate.model_state import context_of
 
 IGNORED = -100
 _DOCUMENTS_PER_BATCH = 256
-_SHOWN = 60
+_SHOWN = 40
 
 
 class TextBlocks(torch.utils.data.Dataset):
@@ -289,4 +289,5 @@ def _shown(source: Any) -> str:
         size = f" of length {len(source)}" if hasattr(source, "__len__") else ""
         return f"the given {type(source).__name__}{size}"
     text = repr(str(source))
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    # Of a long path the end says most, of a long text the beginning.
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]}...{text[-_SHOWN:]}"

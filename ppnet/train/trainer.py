@@ -65,6 +65,14 @@ def _logits(outputs: Any) -> Tensor | None:
     return outputs.get("logits") if isinstance(outputs, Mapping) else None
 
 
+def aligned_targets(inputs: Mapping[str, Any]) -> Tensor | None:
+    """What each position is to predict, int64 ``(B, T)`` with -100 where nothing; None if the batch has no labels."""
+    targets = inputs.get("shift_labels")
+    if targets is None and inputs.get("labels") is not None:
+        targets = shift_labels(inputs["labels"])
+    return targets
+
+
 class PuppetTrainerMixin(CheckpointMixin):
     """Trains weights and gates together: put it before a `transformers.Trainer` class among the base classes.
 
@@ -167,10 +175,7 @@ class PuppetTrainerMixin(CheckpointMixin):
     ) -> Tensor:
         """T^2 * KL(dense || gated) per target token: over `num_items_in_batch` if given, else over the micro-batch."""
         config = self.puppet.config
-        logits = _logits(outputs)
-        targets = inputs.get("shift_labels")
-        if targets is None and inputs.get("labels") is not None:
-            targets = shift_labels(inputs["labels"])
+        logits, targets = _logits(outputs), aligned_targets(inputs)
         if logits is None or targets is None:
             missing = "logits in the model's output" if logits is None else "labels in the batch"
             raise TrainingError(
@@ -178,6 +183,10 @@ class PuppetTrainerMixin(CheckpointMixin):
                 "PuppetConfig(distill=0)."
             )
         total, count = distillation_loss(logits, teacher, targets.to(logits.device), config.distill_temperature)
+        return self._per_token(total, count, num_items_in_batch)
+
+    def _per_token(self, total: Tensor, count: int, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """A sum over tokens as the Trainer expects a loss: over `num_items_in_batch` if given, else over `count`."""
         if num_items_in_batch is None:
             return total / max(count, 1)
         if self.args.average_tokens_across_devices:
@@ -250,10 +259,12 @@ class PuppetTrainerMixin(CheckpointMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean terms of the objective since the last log, and the gates' metrics, to training logs."""
+        terms = self.__dict__.get("_terms", {})
+        if terms and "loss" in logs:
+            logs.update({name: float(torch.stack(values).mean()) for name, values in terms.items()})
+            terms.clear()
         if self.puppet is not None and "loss" in logs:
-            logs.update({name: float(torch.stack(values).mean()) for name, values in self._terms.items()})
             logs.update(self.puppet.metrics())
-            self._terms.clear()
         super().log(logs, *args, **kwargs)
 
     def _record(self, name: str, value: Tensor) -> None:

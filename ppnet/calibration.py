@@ -1,0 +1,269 @@
+"""Calibration data: from text, files, token ids, datasets or ready batches to the batches that scores are taken from.
+
+There is one tokenising path, `ppnet.train.text_blocks`; this module decides which blocks are used and pads the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ppnet.errors import DataError
+from ppnet.evaluate.model_state import context_of
+from ppnet.evaluate.tokens import adds_bos, looks_like_a_path
+
+IGNORED = -100
+MAX_TOKENS = 2**16
+DEFAULT_LENGTH = 512
+# Blocks are drawn from the first so many times `max_tokens` tokens of the text, so that endless streams end.
+POOL = 16
+# One value per sequence, kept beside its tokens where the data has it (`ppnet.scores.rewards`).
+PER_SEQUENCE = ("rewards", "groups")
+
+Batch = dict[str, Tensor]
+
+
+def calibration_batches(
+    model: nn.Module,
+    data: Any,
+    tokenizer: Any = None,
+    *,
+    length: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = MAX_TOKENS,
+    seed: int = 0,
+    column: str = "text",
+    separator: str | None = None,
+    bos: bool | None = None,
+) -> list[Batch]:
+    """Reads calibration data once, into memory (8 bytes per token and tensor).
+
+    Text is joined and cut into blocks of `length` tokens. Sequences of ids, and rows of a dataset that has
+    ``input_ids``, stay sequences of their own (cut at `length`), padded on the right. Ready batches are taken as they
+    are, whatever side they are padded on; only their rows are divided into batches of `batch_size`.
+
+    Args:
+        model: ids are checked against its vocabulary, `length` against its context.
+        data: text or the name of a text file (a string is a name if such a file exists or if it can only be one); a
+            path; a list of texts or of paths; token ids: 1-D (joined text), 2-D or a list of sequences; a
+            `datasets.Dataset` or any iterable of mappings with `column` or ``input_ids`` (and ``labels``,
+            ``attention_mask``); an iterable of batches, e.g. a DataLoader; or one batch.
+        tokenizer: the model's tokenizer; None if the data holds token ids.
+        length: most tokens per sequence; None: 512, or what the model's context or a shorter text allows.
+        batch_size: most sequences per batch.
+        max_tokens: about as many tokens are used (whole sequences, at least one); None: all.
+        seed: text has more than `max_tokens` tokens: which blocks are used, drawn from the first 16 x `max_tokens`.
+            Sequences, rows and batches are taken in their order.
+        column: key of the text in mappings.
+        separator: text between the documents of a text file, e.g. ``"<|endoftext|>"``.
+        bos: put the beginning-of-sequence token before every document; None: if the tokenizer does so by itself.
+
+    Returns:
+        Batches on the CPU: ``input_ids`` int64 (B, T); ``labels`` int64 (B, T), the ids with -100 where nothing is
+        predicted (models shift them); ``attention_mask`` int64 (B, T) where something is padded. ``rewards`` and
+        ``groups`` (B,) are kept where a row or batch has them.
+
+    Raises:
+        DataError: nothing to read, sequences of fewer than 2 tokens only, ids outside the vocabulary, tensors of
+            different shapes, or data of an unknown type.
+    """
+    # Here, since `ppnet.train` brings transformers' trainer, and callbacks that build on this module.
+    from ppnet.train.data import check_vocabulary, text_blocks
+
+    if length is not None and length < 2:
+        raise DataError(f"length: {length!r} must be >= 2, so that a sequence holds at least one prediction.")
+    if batch_size < 1:
+        raise DataError(f"batch_size: {batch_size!r} must be at least 1.")
+    if max_tokens is not None and max_tokens < 2:
+        raise DataError(f"max_tokens: {max_tokens!r} must be at least 2, or None for all.")
+    context = context_of(model)
+    if length is not None and context is not None and length > context:
+        raise DataError(f"length: {length:,} tokens are more than the model's context of {context:,}; give less.")
+    most = min(length or DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+    data, rows = _rows(data)
+    if rows is not None:
+        # Sequences given as ids may be as long as the model allows.
+        found = _limited(_sequences(rows, length or context), max_tokens)
+        batches = [b for group in _alike(found) for b in _padded(group, batch_size)]
+    else:
+        if bos is None:
+            bos = getattr(tokenizer, "bos_token_id", None) is not None and adds_bos(tokenizer)
+        blocks = text_blocks(
+            data,
+            tokenizer,
+            2,
+            column=column,
+            separator=separator,
+            bos=bos,
+            max_tokens=None if max_tokens is None else POOL * max_tokens,
+        )
+        batches = _blocks(blocks.ids, most, length is not None, batch_size, max_tokens, seed)
+    if not batches:
+        raise DataError("data: holds no sequence of at least 2 tokens; give text, a file, token ids or a dataset.")
+    for batch in batches:
+        check_vocabulary(batch["input_ids"], model)
+    return batches
+
+
+def tokens_of(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch, without padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(ids: Tensor, length: int, exact: bool, batch_size: int, max_tokens: int | None, seed: int) -> list[Batch]:
+    """Blocks of joined text, drawn without replacement, in the text's order."""
+    if ids.numel() < length:
+        if exact:
+            raise DataError(
+                f"data: {ids.numel()} tokens are fewer than one block of length={length} needs; give more text or a "
+                "smaller length."
+            )
+        length = ids.numel()
+    blocks = ids[: ids.numel() // length * length].view(-1, length).long()
+    wanted = len(blocks) if max_tokens is None else max(1, max_tokens // length)
+    if wanted < len(blocks):
+        drawn = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:wanted]
+        blocks = blocks[drawn.sort().values]
+    return [{"input_ids": part, "labels": part.clone()} for part in blocks.split(batch_size)]
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+
+def _rows(data: Any) -> tuple[Any, Iterable[Any] | None]:
+    """The data and, if it holds sequences of ids rather than text, an iterable of them."""
+    if isinstance(data, str) and not looks_like_a_path(data):
+        if not data.strip():
+            raise DataError("data: the given text is empty; give text with at least two tokens.")
+        return [data], None
+    if isinstance(data, str | os.PathLike):
+        return data, None
+    if isinstance(data, Tensor | np.ndarray):
+        return data, [{"input_ids": torch.as_tensor(data)}] if data.ndim == 2 else None
+    if isinstance(data, Mapping):
+        return data, [data] if "input_ids" in data else None
+    if not isinstance(data, Iterable):
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            raise DataError(
+                f"data: {type(data).__name__} cannot be read; give text, a file, token ids, a dataset or batches."
+            )
+        data = map(data.__getitem__, range(len(data)))  # a map-style torch Dataset
+    stream = iter(data)
+    first = list(islice(stream, 1))
+    if not first:
+        raise DataError("data: is empty; give text, a file, token ids, a dataset or batches.")
+    if isinstance(first[0], int | np.integer) and not isinstance(first[0], bool):
+        return torch.tensor([*first, *stream]), None
+    everything = chain(first, stream)
+    ids = "input_ids" in first[0] if isinstance(first[0], Mapping) else not isinstance(first[0], str | os.PathLike)
+    if ids:
+        return data, everything
+    return (data if isinstance(data, list | tuple) else everything), None
+
+
+def _sequences(rows: Iterable[Any], longest: int | None) -> Iterator[Batch]:
+    """Mappings, batches and bare ids -> one sequence after the other: ``{"input_ids": (T,), ...}``."""
+    for row in rows:
+        fields = dict(row) if isinstance(row, Mapping) else {"input_ids": row}
+        if "input_ids" not in fields:
+            raise DataError(f"data: an example has no input_ids; its keys are {sorted(map(str, fields))}.")
+        ids = _integers("input_ids", fields["input_ids"])
+        if ids.ndim not in (1, 2):
+            raise DataError(f"data: input_ids have shape {tuple(ids.shape)}; they must be (T,) or (B, T).")
+        sequence = {"input_ids": ids}
+        for name in ("labels", "attention_mask"):
+            if fields.get(name) is not None:
+                sequence[name] = _integers(name, fields[name])
+                if sequence[name].shape != ids.shape:
+                    raise DataError(
+                        f"data: {name} have shape {tuple(sequence[name].shape)}, input_ids {tuple(ids.shape)}; both "
+                        "must be the same."
+                    )
+        for name in PER_SEQUENCE:
+            if fields.get(name) is not None:
+                values = torch.as_tensor(fields[name])
+                if values.numel() != (1 if ids.ndim == 1 else len(ids)):
+                    raise DataError(f"data: {name} must be one number per sequence, got shape {tuple(values.shape)}.")
+                sequence[name] = values.reshape(()) if ids.ndim == 1 else values.reshape(len(ids))
+        singles = [sequence] if ids.ndim == 1 else [{k: v[i] for k, v in sequence.items()} for i in range(len(ids))]
+        for single in singles:
+            yield from _whole(single, longest)
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"data: {name} cannot be read as a tensor ({error}); give integers, (T,) or (B, T).") from error
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and name != "attention_mask"):
+        if tensor.numel() == 0:  # torch makes an empty list float
+            return tensor.long()
+        raise DataError(f"data: {name} have dtype {tensor.dtype}; they must be integers.")
+    return tensor.detach().cpu().long()
+
+
+def _whole(sequence: Batch, longest: int | None) -> Iterator[Batch]:
+    """One sequence with labels and mask, cut at `longest` tokens; nothing where it predicts nothing."""
+    ids = sequence["input_ids"]
+    mask = sequence.get("attention_mask")
+    labels = sequence.get("labels")
+    if labels is None:
+        labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+    if mask is None:
+        # Nothing depends on what follows the last label: it is padding, or as good as that.
+        mask = (labels != IGNORED).flip(0).cumsum(0).flip(0).clamp(max=1)
+    whole = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    extra = {name: sequence[name] for name in PER_SEQUENCE if name in sequence}
+    step = len(ids) if longest is None else longest
+    for start in range(0, len(ids), max(step, 1)):
+        piece = {name: tensor[start : start + step] for name, tensor in whole.items()}
+        if (piece["labels"][1:] != IGNORED).any():
+            yield {**piece, **extra}
+
+
+def _limited(sequences: Iterator[Batch], max_tokens: int | None) -> Iterator[Batch]:
+    total = 0
+    for sequence in sequences:
+        yield sequence
+        total += int(sequence["attention_mask"].sum())
+        if max_tokens is not None and total >= max_tokens:
+            return
+
+
+def _alike(sequences: Iterator[Batch]) -> Iterator[list[Batch]]:
+    """Runs of sequences with the same keys."""
+    run: list[Batch] = []
+    for sequence in sequences:
+        if run and run[0].keys() != sequence.keys():
+            yield run
+            run = []
+        run.append(sequence)
+    if run:
+        yield run
+
+
+def _padded(sequences: Sequence[Batch], batch_size: int) -> list[Batch]:
+    """Batches padded on the right to their longest sequence."""
+    batches = []
+    for start in range(0, len(sequences), batch_size):
+        part = sequences[start : start + batch_size]
+        batch = {
+            name: pad_sequence([row[name] for row in part], batch_first=True, padding_value=value)
+            for name, value in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
+        }
+        if bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        batch.update({name: torch.stack([row[name] for row in part]) for name in PER_SEQUENCE if name in part[0]})
+        batches.append(batch)
+    return batches

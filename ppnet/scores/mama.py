@@ -1,0 +1,103 @@
+"""Movement and magnitude analysis: weighted ranks of what the weights, supervised training and rewards say of a unit.
+
+Inspired by MAMA pruning (Jiang et al. 2025, arXiv 2505.14052), whose published text gives no formula for the reward
+term; the indicators and their combination are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppnet.errors import PPNetError
+from ppnet.scores.bias import bias
+from ppnet.scores.combine import combined
+from ppnet.scores.kl import kl
+from ppnet.scores.magnitude import magnitude
+from ppnet.scores.registry import ACTIVATIONS, FISHER, GRADIENTS, REWARDS, Needs, scorer
+from ppnet.scores.reward import reward
+from ppnet.scores.statistics import SiteStatistics
+from ppnet.scores.taylor import taylor
+
+WEIGHTS = {"magnitude": 0.1, "bias": 0.1, "sft": 1.0, "reward": 1.0, "kl": 0.5}
+_NEEDS = {"magnitude": None, "bias": ACTIVATIONS, "sft": GRADIENTS, "reward": REWARDS, "kl": FISHER}
+_INDICATORS: dict[str, Callable[[SiteStatistics], Tensor]] = {
+    "magnitude": lambda site: magnitude(site, form="paths"),
+    "bias": bias,
+    "sft": taylor,
+    "reward": reward,
+    "kl": kl,
+}
+_GIVEN = ("sft", "reward", "kl")
+
+
+def _weights(options: Mapping[str, Any]) -> dict[str, float]:
+    """The weights in force: rewards count only where they are given, or asked for by a weight."""
+    asked = options.get("weights")
+    strangers = sorted(set(asked or ()) - WEIGHTS.keys())
+    if strangers:
+        raise PPNetError(f"weights: {strangers} are no indicators; use any of {', '.join(WEIGHTS)}.")
+    weights = {**WEIGHTS, **(asked or {})}
+    if options.get("reward") is None and "reward" not in (asked or {}):
+        weights["reward"] = 0.0
+    weights = {name: float(weight) for name, weight in weights.items()}
+    if not all(weight >= 0 for weight in weights.values()) or not any(weights.values()):
+        raise PPNetError(f"weights: {weights} must be numbers >= 0, and not all 0.")
+    return weights
+
+
+def _needed(options: Mapping[str, Any]) -> Needs:
+    weights = _weights(options)
+    given = {name for name in _GIVEN if options.get(name) is not None}
+    asked = {_NEEDS[name] for name, weight in weights.items() if weight and name not in given}
+    return frozenset(need for need in asked if need is not None)
+
+
+@scorer("mama", across=True, needed=_needed)
+def mama(
+    statistics: Sequence[SiteStatistics],
+    *,
+    weights: Mapping[str, float] | None = None,
+    form: str = "ranks",
+    sft: Mapping[str, Tensor] | None = None,
+    reward: Mapping[str, Tensor] | None = None,
+    kl: Mapping[str, Tensor] | None = None,
+) -> list[Tensor]:
+    """sum_i a_i rank(x_i) over the indicators x_i, ranks within the kind of unit over all layers.
+
+    The indicators, each of which is a method of its own: ``magnitude`` (``method="magnitude", form="paths"``), ``bias``
+    (effective bias), ``sft`` (supervised movement, ``"taylor"``), ``reward`` (reward movement) and ``kl`` (the guard).
+    A missing weight is the default; 0 leaves the indicator out, and it is then not collected. The reward counts only
+    if it is given, or if the data holds rewards and `weights` names it.
+
+    Args:
+        weights: indicator -> a_i; defaults .1, .1, 1, 1, .5.
+        form: ``"ranks"``, or ``"product"`` of powers, prod_i (x_i / mean x_i)^a_i.
+        sft, reward, kl: an indicator that was collected elsewhere, e.g. by `ppnet.train.MovementCallback` or in GRPO:
+            site name -> (U,).
+    """
+    given = {"sft": sft, "reward": reward, "kl": kl}
+    in_force = _weights({"weights": weights, "reward": reward})
+    used = {name: weight for name, weight in in_force.items() if weight}
+    parts = []
+    for name in used:
+        scores = given.get(name)
+        if scores is None:
+            parts.append([_INDICATORS[name](site) for site in statistics])
+        else:
+            parts.append([_checked(name, scores, site) for site in statistics])
+    return combined(parts, list(used.values()), [site.site.kind for site in statistics], form)
+
+
+def _checked(name: str, scores: Mapping[str, Tensor], site: SiteStatistics) -> Tensor:
+    found = scores.get(site.site.name)
+    units = None if found is None else torch.as_tensor(found).flatten()
+    if units is None or len(units) != site.site.units or not torch.isfinite(units).all():
+        raise PPNetError(
+            f"{name}: site {site.site.name!r} needs {site.site.units} finite numbers, got "
+            f"{'none' if units is None else len(units)}; give scores of this model."
+        )
+    return units

@@ -1,0 +1,146 @@
+"""Scoring the units of a model: `ppnet.score`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppnet.calibration import MAX_TOKENS, calibration_batches
+from ppnet.errors import PPNetError
+from ppnet.scores.collect import Collector, Loss, as_dense
+from ppnet.scores.registry import Needs, get_scorer
+from ppnet.scores.result import Scores
+from ppnet.wrap import structure_for
+
+
+def score(
+    model: nn.Module,
+    data: Any = None,
+    method: str = "mama",
+    *,
+    tokenizer: Any = None,
+    length: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = MAX_TOKENS,
+    seed: int = 0,
+    column: str = "text",
+    separator: str | None = None,
+    bos: bool | None = None,
+    loss: Loss | None = None,
+    threshold: float | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Scores:
+    """Scores every unit of a model, in one pass over calibration data. The model is left as it was.
+
+    Works on models with and without gates (with gates: on their dense pass). Nothing is wrapped: hooks look at what
+    enters the output projections and at its gradient. Gradients of parameters are neither computed nor touched. Memory:
+    a forward pass with activations kept for backward, plus what enters each output projection once more; without
+    gradients (``activation``, ``bias``) only the forward pass; ``magnitude`` and ``random`` run no data. Activation
+    checkpointing is heeded.
+
+    Args:
+        model: a dense `PreTrainedModel` of a supported family.
+        data: text, a file's name, token ids, a dataset or batches (`ppnet.calibration.calibration_batches`); None for
+            methods that need none.
+        method: ``activation``, ``bias``, ``kl``, ``magnitude``, ``mama``, ``movement``, ``random``, ``reward`` or
+            ``taylor``.
+        tokenizer, length, batch_size, max_tokens, column, separator, bos: how data is read, as there.
+        seed: which part of a long text is used, and what ``random`` and ``kl`` draw.
+        loss: (the model's output, batch) -> losses (B,), one per sequence; None: NLL of the labels, summed over tokens.
+        threshold: a group of completions counts for ``reward`` if its best reward reaches this.
+        progress: write progress to stderr when it takes longer than two seconds.
+        **options: the method's own, e.g. ``sign="token"`` of taylor, ``weights={...}`` of mama; see `ppnet.scores`.
+
+    Returns:
+        Scores, for ``ppnet.plan(model, size, scores=...)``.
+
+    Raises:
+        PPNetError: an unknown method or option, or a model without the logits that the loss needs.
+        DataError: data that is missing, empty, or not the model's.
+        UnsupportedModelError: as `ppnet.wrap`.
+    """
+    reading = {
+        "length": length,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "column": column,
+        "separator": separator,
+        "bos": bos,
+    }
+    made = score_methods(
+        model,
+        data,
+        {method: (method, options)},
+        tokenizer=tokenizer,
+        seed=seed,
+        loss=loss,
+        threshold=threshold,
+        progress=progress,
+        **reading,
+    )
+    return made[method]
+
+
+def score_methods(
+    model: nn.Module,
+    data: Any,
+    methods: Mapping[str, tuple[str, Mapping[str, Any]]],
+    *,
+    tokenizer: Any = None,
+    seed: int = 0,
+    loss: Loss | None = None,
+    threshold: float | None = None,
+    progress: bool = True,
+    **reading: Any,
+) -> dict[str, Scores]:
+    """Several scores from one pass.
+
+    Args:
+        methods: any name -> (method, its options).
+        others: as in `score`.
+    """
+    structure = structure_for(model)
+    scorers = {name: (get_scorer(method), options) for name, (method, options) in methods.items()}
+    needs: Needs = frozenset()
+    for scorer, options in scorers.values():
+        scorer.check(options)
+        needs |= scorer.needs(options)
+    batches = []
+    if needs:
+        if data is None:
+            names = ", ".join(name for name, (scorer, options) in scorers.items() if scorer.needs(options))
+            raise PPNetError(
+                f"data: None, but {names} need calibration data; give text, a file, token ids or a dataset."
+            )
+        batches = calibration_batches(model, data, tokenizer, seed=seed, **reading)
+    collector = Collector(model, structure, needs, seed=seed, loss=loss)
+    made = {}
+    with as_dense(model):
+        if needs:
+            collector.run(batches, threshold=threshold, progress=progress)
+        for name, (scorer, options) in scorers.items():
+            with torch.no_grad():
+                units = [value.detach().double().cpu() for value in scorer(collector.sites, options)]
+            made[name] = Scores(
+                {site.name: value for site, value in zip(structure.sites, units, strict=True)},
+                method=scorer.name,
+                model_type=structure.model_type,
+                options=options,
+                tokens=collector.tokens if scorer.needs(options) else 0,
+            )
+    _check_finite(made)
+    return made
+
+
+def _check_finite(made: Mapping[str, Scores]) -> None:
+    for scores in made.values():
+        for name, units in scores.items():
+            if not torch.isfinite(units).all():
+                raise PPNetError(
+                    f"model: the {scores.method} scores of {name!r} are NaN or infinite for "
+                    f"{int((~torch.isfinite(units)).sum())} of {len(units)} units; go back to a finite checkpoint."
+                )
