@@ -194,6 +194,23 @@ def test_wrong_files_are_named(tmp_path, text, said):
     assert said in str(error.value) and "earlier.json" in str(error.value)
 
 
+def test_the_setting_names_the_commit_and_the_driver(tmp_path, monkeypatch):
+    said = {}
+    monkeypatch.setattr(machines, "_said", lambda *command: said.get(command[0]))
+    assert machines.commit(tmp_path) is None and machines.driver() is None
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "commit").write_text("0123abc\n")
+    (tmp_path / ".git").write_text("gitdir: a git that is missing here, or does not trust the folder")
+    assert machines.commit(tmp_path) == "0123abc"
+    said |= {"git": "4567def-dirty", "nvidia-smi": "580.1"}
+    assert machines.commit(tmp_path) == "4567def-dirty" and machines.driver() == "580.1"
+    head, line, *_ = result_of(fake_row(), driver="580.1", commit="4567def").to_csv().splitlines()
+    row = dict(zip(head.split(","), line.split(","), strict=True))
+    assert row["driver"] == "580.1" and row["commit"] == "4567def"
+    monkeypatch.undo()
+    assert machines._said("no-such-program") is None and machines._said("false") is None
+
+
 def test_ways_to_multiply_agree():
     x, w = torch.randn(8, 64), torch.randn(32, 64)
     for name, way in matmuls(x, w).items():

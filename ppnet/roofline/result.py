@@ -20,7 +20,7 @@ from ppnet.roofline.machine import Machine
 
 SCHEMA = "ppnet bench operators 1"
 SECONDS = {"full": 3.0, "quick": 1.0, "tiny": 0.0}  # of measuring per case
-MACHINE_KEYS = ("device", "processor", "threads", "isa", "pages", "torch")
+MACHINE_KEYS = ("device", "processor", "driver", "threads", "isa", "pages", "torch")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Result:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         head = ["operator", "variant", "dtype", "shape", "keep", "bytes", "flops", "provider", "seconds", "p20", "p80"]
-        where = ["device", "processor", "isa", "threads", "torch", "ppnet"]
+        where = ["device", "processor", "driver", "isa", "threads", "torch", "ppnet", "commit"]
         writer.writerow([*head, "ours x faster", "share of ideal", "bound", "ceiling", *where])
         for row in self.rows:
             shape = " ".join(f"{name}={value}" for name, value in row.shape.items())
@@ -52,7 +52,7 @@ class Result:
                 writer.writerow(
                     [row.operator, row.variant, row.dtype, shape, row.keep, int(row.bytes), int(row.flops), provider]
                     + [f"{value:.6g}" for value in (band.median, band.p20, band.p80, faster, share)]
-                    + [row.bound, f"{row.ceiling.median:.6g}", *(self.machine[key] for key in where)]
+                    + [row.bound, f"{row.ceiling.median:.6g}", *(self.machine.get(key) for key in where)]
                 )
         return out.getvalue()
 
