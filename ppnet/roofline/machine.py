@@ -21,6 +21,7 @@ import ppnet
 import ppnet.extension as extension
 from ppnet.roofline import case
 from ppnet.roofline.case import DTYPES, MIXES, Band, clock
+from ppnet.roofline.timing import Cuda, GpuTimed, HostTimed, Timed
 
 ROOT = Path(ppnet.__file__).resolve().parents[1]  # of the source tree, where ppnet runs from one
 TUNING = 0.1  # seconds to try each way of doing something
@@ -52,6 +53,7 @@ class Machine:
         self.device = torch.device(device)
         self._seconds = seconds
         self.now = clock(self.device)
+        self._gpu = Cuda(self.device) if self.device.type == "cuda" else None
         self.setting = setting(self.device)
         samplers, extra = (_cuda_memory if self.device.type == "cuda" else _cpu_memory)(self.device)
         for dtype in (torch.float32, torch.bfloat16):
@@ -72,6 +74,10 @@ class Machine:
     def sample(self, kind: str) -> float:
         """One short measurement of a ceiling now, in GB/s or GFLOP/s."""
         return self._samplers[kind][0](min(self._seconds, case.WINDOW))
+
+    def timed(self, run: Callable[[], Any]) -> Timed:
+        """A provider, warmed up, as it is timed here."""
+        return HostTimed(run, self.now, case.WINDOW) if self._gpu is None else GpuTimed(run, self._gpu, case.WINDOW)
 
     def known(self, kind: str) -> float | None:
         """The median measured at the start; None for a kind this machine was not measured for."""

@@ -43,16 +43,19 @@ class Result:
         writer = csv.writer(out, lineterminator="\n")
         head = ["operator", "variant", "dtype", "shape", "keep", "bytes", "flops", "provider", "seconds", "p20", "p80"]
         where = ["device", "processor", "driver", "isa", "threads", "torch", "ppnet", "commit"]
-        writer.writerow([*head, "ours x faster", "share of ideal", "bound", "ceiling", *where])
+        timing = ["timing", "eager seconds"]
+        writer.writerow([*head, "ours x faster", "share of ideal", "bound", "ceiling", *timing, *where])
         for row in self.rows:
             shape = " ".join(f"{name}={value}" for name, value in row.shape.items())
             for provider, band in row.seconds.items():
                 faster = row.faster.get(provider, 1.0)
                 share = row.share.median if provider not in row.faster else row.ideal / band.median
+                eager = row.eager.get(provider)
                 writer.writerow(
                     [row.operator, row.variant, row.dtype, shape, row.keep, int(row.bytes), int(row.flops), provider]
                     + [f"{value:.6g}" for value in (band.median, band.p20, band.p80, faster, share)]
-                    + [row.bound, f"{row.ceiling.median:.6g}", *(self.machine.get(key) for key in where)]
+                    + [row.bound, f"{row.ceiling.median:.6g}", row.timing.get(provider, "host")]
+                    + ["" if eager is None else f"{eager.median:.6g}", *(self.machine.get(key) for key in where)]
                 )
         return out.getvalue()
 
@@ -83,7 +86,8 @@ class Result:
 
 def _row(found: dict[str, Any]) -> Row:
     bands = {name: Band(**found[name]) for name in ("ceiling", "share")}
-    return Row(**{**found, **bands, "seconds": {name: Band(**band) for name, band in found["seconds"].items()}})
+    times = {key: {name: Band(**band) for name, band in found.get(key, {}).items()} for key in ("seconds", "eager")}
+    return Row(**{**found, **bands, **times})
 
 
 def chosen(operators: Sequence[str] | None, size: Size, device: torch.device) -> list[Case]:
