@@ -328,6 +328,13 @@ def test_bench_refuses(bench, arguments, said):
     assert code == 1 and out == "" and said in err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_bench_of_a_gpu_that_is_not_here(bench, tmp_path):
+    code, out, err = bench("--device", "cuda", "--out", tmp_path / "out")
+    assert code == 1 and out == "" and "device: 'cuda' cannot be used here" in err and "try cpu" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_figure_takes_any_result():
     pytest.importorskip("matplotlib")
     from ppnet.reporting.plots import png
