@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import pytest
 import torch
-from test_roofline import FakeMachine, fake_case, result_of
+from test_roofline import FakeMachine, fake_case, fake_row, result_of
 
 from ppnet.roofline import case as cases
 from ppnet.roofline import measure
+from ppnet.roofline import result as results
 from ppnet.roofline.case import OPERATORS, copies, each
 from ppnet.roofline.result import Result
 from ppnet.roofline.timing import GpuTimed
@@ -104,6 +106,35 @@ def test_a_row_of_a_gpu_says_how_it_was_timed(tmp_path):
     head, *lines = (line.split(",") for line in result.to_csv().splitlines())
     found = [dict(zip(head, line, strict=True)) for line in lines]
     assert [(one["timing"], one["eager seconds"]) for one in found] == [("graph", "1e-05"), ("eager", "")]
+
+
+def test_a_case_that_fails_does_not_end_a_run_on_a_gpu(monkeypatch, tmp_path):
+    class Gpu(FakeMachine):
+        def __init__(self, device, rounds):
+            super().__init__(copy=10.0)
+
+        def to_dict(self):
+            return result_of().machine
+
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def succeeds():
+        return {"ppnet": lambda: None}
+
+    made = [fake_case(fails, variant="bad"), fake_case(succeeds, variant="good")]
+    monkeypatch.setattr(results, "Machine", Gpu)
+    monkeypatch.setattr(results, "chosen", lambda *given: made)
+    monkeypatch.setattr(results, "off_the_default_stream", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        results, "measure", lambda case, *given, **named: case.setup() and fake_row(variant=case.variant)
+    )
+    found = results.run(size="tiny", device="cuda")
+    assert [row.variant for row in found.rows] == ["good"] and "illegal" in found.failed["fake: bad, fp32"]
+    (tmp_path / "result.json").write_text(found.to_json())
+    assert Result.load(tmp_path) == found
+    with pytest.raises(RuntimeError, match="illegal"):
+        results.run(size="tiny", device="cpu")
 
 
 def test_decode_attention_goes_to_64_sequences_of_32768_positions():

@@ -137,6 +137,10 @@ def bench_operators(
     if out is not None:
         parts.append(f"written to {out}: result.json, result.csv and roofline.png")
     show(value, json, *parts)
+    if found.failed:
+        raise PPNetError(
+            "\n".join([f"{len(found.failed)} cases failed:", *(": ".join(one) for one in found.failed.items())])
+        )
 
 
 def _require_matplotlib() -> None:

@@ -8,10 +8,10 @@ replays graphs of its own, is timed as it is called, by events, and marked so.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol
 
 import torch
@@ -119,19 +119,20 @@ class Cuda:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # One stream for warming up and capturing: libraries keep a workspace for each.
-        self._stream = torch.cuda.Stream(device)
+        self._own = torch.cuda.Stream(device)
 
     def capture(self, run: Run) -> Run:
         current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        stream = self._own if current == torch.cuda.default_stream(self.device) else current
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             run()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads of the process (compilers', the profiler's) do not spoil the capture.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run()
             graph.replay()
             torch.cuda.synchronize(self.device)
@@ -140,7 +141,7 @@ class Cuda:
             del graph
             gc.collect()
             # The error of a spoilt capture must not come up in the next call. One of a kernel does, again and again.
-            with suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize(self.device)
             raise
         return graph.replay
@@ -154,3 +155,15 @@ class Cuda:
             end.record()
             end.synchronize()
         return start.elapsed_time(end) * 1e-3
+
+
+@contextlib.contextmanager
+def off_the_default_stream(device: torch.device) -> Iterator[None]:
+    """A stream that can be captured, where there are streams: backward passes run on that of their forward."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+    torch.cuda.synchronize(device)
