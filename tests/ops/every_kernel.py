@@ -1,7 +1,8 @@
 """Every operator with CUDA kernels, once per dtype, at small odd shapes: against the same call on the CPU.
 
 As a program it is what compute-sanitizer watches on a GPU (benchmarks/gpu.sh); where there is none it runs the emulated
-kernels. Shapes cross tiles and warps in every direction, and none of them is a multiple of anything.
+kernels. Its arguments are the dtypes: float32, bfloat16, float16; default: all. Shapes cross tiles and warps in every
+direction, and none of them is a multiple of anything.
 """
 
 import sys
@@ -133,12 +134,21 @@ def allowed(dtype: torch.dtype) -> float:
     return 8 * EPSILON[dtype]
 
 
-def main() -> int:
-    wrong = 0
+def chosen(names: list[str]) -> list[torch.dtype]:
+    """The dtypes of these names; none: all."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in NARROW}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(f"every_kernel: {', '.join(unknown)} is no dtype of the kernels; known are {', '.join(known)}")
+    return [known[name] for name in names] or list(NARROW)
+
+
+def main(names: list[str]) -> int:
+    wrong, dtypes = 0, chosen(names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and emulated.library is None:
         sys.exit("every_kernel: neither a GPU nor the emulated kernels (PPNET_EMULATOR=ON) are here")
-    for dtype in NARROW:
+    for dtype in dtypes:
         for name, error in errors(dtype, device):
             bad = not error <= allowed(dtype)
             wrong += bad
@@ -147,4 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
