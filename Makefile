@@ -15,7 +15,8 @@ NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)
 .PHONY: demo test bench lint sanitize cuda-check clean
 .DELETE_ON_ERROR:
 
-demo: $(STAMPS)/report
+# What tests were installed with has all that the demo needs.
+demo: $(STAMPS)/$(if $(wildcard $(STAMPS)/test),test,report)
 	$(BIN)/ppnet demo --out ppnet-demo --force $(ARGS)
 
 # One process per core, with one thread each: tests set the threads that they need.
@@ -73,9 +74,12 @@ $(STAMPS)/tools: $(STAMPS)/torch
 	  $(PIP) install -q "setuptools>=77" pybind11 cmake ninja; else $(PIP) install -q "setuptools>=77"; fi
 	@touch $@
 
+# The demo runs on the CPU. Tests load the CUDA kernels where there is nvcc, and need them for no more than one architecture.
+BUILD_report = PPNET_EMULATOR=OFF PPNET_CUDA=$(or $(PPNET_CUDA),OFF)
+BUILD_test = PPNET_EMULATOR=ON PPNET_CUDA_ARCHS="$(or $(PPNET_CUDA_ARCHS),80-real;80-virtual)"
 $(STAMPS)/report $(STAMPS)/test: $(STAMPS)/%: $(STAMPS)/tools $(SOURCES)
 	@echo "== ppnet: building the extension and installing ppnet[$*]"
-	PPNET_EMULATOR=$(if $(filter test,$*),ON,OFF) PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(BUILD_$*) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(PIP) install -q --no-build-isolation -e ".[$*]"
 	$(BIN)/python -W ignore -c "from ppnet.extension import build_info; print('ppnet:', build_info())"
 	@touch $@
