@@ -261,6 +261,14 @@ int scatter_rows(const RowsTensor* tensors, int n, int32_t* slots, int64_t slot_
   return error;
 }
 
+int kernels_run(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, gather_rows_kernel<float>);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would return it
+  return error;
+}
+
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace ppnet::cuda
