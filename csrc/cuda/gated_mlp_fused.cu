@@ -34,8 +34,6 @@ constexpr int64_t kLaunchCycles = 4000;  // another kernel
 constexpr int64_t kL2Bytes = 4000;       // per cycle
 constexpr int64_t kMostSplits = 16;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int64_t cycles(const TileCost& tile, int64_t rows, int64_t cols, int64_t depth, int64_t splits) {
   const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(cols, tile.cols) * splits;
   const int64_t steps = ceil_div(ceil_div(depth, kDepth), splits);
