@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float w = exp2_approx(score[r][i][e] - lse[r][e / 2]);
-          if (from_weights) through += w * dweight[r][i][e];
+          // Rows after the last token have weights too, and 0 times a key of -inf is NaN.
+          if (from_weights && row + 16 * r + 8 * (e / 2) + lane / 4 < p.tokens) through += w * dweight[r][i][e];
           score[r][i][e] = w * (gate * dweight[r][i][e] - delta[r][e / 2]);
         }
     uint32_t dscores[kRowTiles][kKeys / 8][2];
