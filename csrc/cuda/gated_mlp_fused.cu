@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
 #pragma unroll
       for (int p = 0; p < kProducts; ++p)
         copy_chunk<kVector>(to + swizzled(local + p * kOfWarp, chunk), weights[n][p] + column,
-                            neuron + n < job.kept ? left : 0);
+                            neuron + n < job.kept ? left : 0, weights[n][p]);
     }
   };
   Sums<Tile> sums{};
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) down_kernel(const
 #pragma unroll
       for (int panel = 0; panel < Tile::kCols / kDepth; ++panel)
         copy_chunk<kVector>(to + panel * (kDepth * kDepth) + swizzled(r + i * kRowsAtOnce, chunk), from + panel * kDepth,
-                            in_chunk(left - panel * kDepth));
+                            in_chunk(left - panel * kDepth), static_cast<const T*>(job.down));
     }
   };
   Sums<Tile> sums{};
