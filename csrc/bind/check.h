@@ -108,6 +108,22 @@ inline void check_shape(const char* op, const std::string& name, const Tensor& t
   PPNET_CHECK(same, op, ": ", name, " has shape ", shape(t), "; it must be ", meaning, " = ", expected.str());
 }
 
+inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (int64_t size : sizes) {
+    if (size >= 0 && t.size(d) != size) return false;
+    ++d;
+  }
+  return true;
+}
+
+// check_shape builds its message first, which takes longer than a small layer: it is asked only to refuse.
+inline void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                         const char* meaning) {
+  if (!has_shape(t, sizes)) check_shape(op, name, t, sizes, meaning);
+}
+
 inline Act act_named(const char* op, const std::string& name) {
   constexpr std::pair<const char*, Act> kActs[] = {{"silu", Act::silu},
                                                    {"gelu", Act::gelu},

@@ -39,12 +39,6 @@ class Workspace {
   char* next_;
 };
 
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes);
-// check_shape builds its message first, which takes longer than a small layer: it is asked only to refuse.
-inline void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
-                         const char* meaning) {
-  if (!has_shape(t, sizes)) check_shape(op, name, t, sizes, meaning);
-}
 // All are on the device of x.
 // Dtype of x, and the last axis contiguous in rows that do not overlap.
 void check_rows(const char* op, const char* name, const Tensor& weight, const Tensor& x);

@@ -20,16 +20,6 @@ bool on_host(const Tensor& t) {
 
 }  // namespace
 
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t d = 0;
-  for (int64_t size : sizes) {
-    if (size >= 0 && t.size(d) != size) return false;
-    ++d;
-  }
-  return true;
-}
-
 void check_rows(const char* op, const char* name, const Tensor& weight, const Tensor& x) {
   check_same_device(op, name, weight, x);
   check_dtype(op, name, weight, x.scalar_type(), "the dtype of x");

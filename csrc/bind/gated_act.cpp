@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_act_backward_cpu(Tensor dh, Tensor up, 
   ActInputs in = check_gated_act(op, up, gate, z, act, false);
   GatedActJob& job = in.job;
   need_gate = need_gate && gate;
-  const ActRows gradient = matching_rows(op, "dh", dh, up, false);
+  const ActRows gradient = matching_rows(op, "dh", dh, up);
   job.dh = gradient.data();
   job.dh_stride = gradient.stride;
   const std::vector<int64_t> full = sizes_of(up), none{0};

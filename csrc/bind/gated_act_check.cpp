@@ -29,7 +29,7 @@ static ActRows rows_of(const Tensor& t, Dtype dtype) {
   return {torch::stable::contiguous(t), t.size(last) * bytes};
 }
 
-ActRows matching_rows(const char* op, const char* name, const Tensor& t, const Tensor& up, bool cuda) {
+ActRows matching_rows(const char* op, const char* name, const Tensor& t, const Tensor& up) {
   check_same_device(op, name, t, up);
   PPNET_CHECK(sizes_of(t) == sizes_of(up), op, ": ", name, " has shape ", shape(t), "; it must be that of up = ",
               shape(up));
@@ -53,7 +53,7 @@ ActInputs check_gated_act(const char* op, const Tensor& up, const std::optional<
   job.up = in.up.data();
   job.up_stride = in.up.stride;
   if (gate) {
-    in.gate = matching_rows(op, "gate", *gate, up, cuda);
+    in.gate = matching_rows(op, "gate", *gate, up);
     job.gate = in.gate.data();
     job.gate_stride = in.gate.stride;
   }

@@ -19,8 +19,8 @@ struct ActRows {
   const char* data() const { return static_cast<const char*>(tensor.const_data_ptr()); }
 };
 
-// A tensor of the shape and dtype of `up`.
-ActRows matching_rows(const char* op, const char* name, const Tensor& t, const Tensor& up, bool cuda);
+// A tensor of the shape, dtype and device of `up`.
+ActRows matching_rows(const char* op, const char* name, const Tensor& t, const Tensor& up);
 
 // Arguments that both directions have, checked and as rows. `cuda`: the tensors must be on a GPU.
 struct ActInputs {

@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_act_backward_cuda(Tensor dh, Tensor up,
                                                            bool need_gate, bool need_z) {
   const char* op = "gated_act_backward";
   const ActInputs in = check_gated_act(op, up, gate, z, act, kGpuTensors);
-  const ActRows gradient = matching_rows(op, "dh", dh, up, kGpuTensors);
+  const ActRows gradient = matching_rows(op, "dh", dh, up);
   const DeviceScope device(up);
   need_gate = need_gate && gate;
   const std::vector<int64_t> full = sizes_of(up), none{0};

@@ -4,25 +4,13 @@
 namespace ppnet {
 namespace {
 
-// check_shape builds its message first, which takes longer than a small cache: it is asked only to refuse.
-void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
-                  const char* meaning) {
-  bool same = t.dim() == static_cast<int64_t>(sizes.size());
-  int64_t d = 0;
-  for (int64_t size : sizes) {
-    same = same && (size < 0 || t.size(d) == size);
-    ++d;
-  }
-  if (!same) check_shape(op, name, t, sizes, meaning);
-}
-
 void check_query(const char* op, const Tensor& query, bool cuda) {
   check_narrow(op, "query", query);
   check_kernel_device(op, "query", query, cuda);
   expect_shape(op, "query", query, {-1, -1, -1, -1}, "(B, H, T, Dh)");
 }
 
-void check_cache(const char* op, const char* name, const Tensor& t, const Tensor& query, bool cuda) {
+void check_cache(const char* op, const char* name, const Tensor& t, const Tensor& query) {
   check_dtype(op, name, t, query.scalar_type(), "the dtype of query");
   check_same_device(op, name, t, query);
   expect_shape(op, name, t, {query.size(0), -1, -1, query.size(3)}, "(B, Hkv, S, Dh) with the B and Dh of query");
@@ -34,7 +22,7 @@ void check_cache(const char* op, const char* name, const Tensor& t, const Tensor
 }
 
 // Sizes of 1 and absent leading axes broadcast.
-void set_mask(const char* op, const Tensor& mask, const Tensor& query, int64_t keys, bool cuda, DecodeJob& job) {
+void set_mask(const char* op, const Tensor& mask, const Tensor& query, int64_t keys, DecodeJob& job) {
   switch (mask.scalar_type()) {
     case ScalarType::Bool: job.mask_kind = MaskKind::boolean; break;
     case ScalarType::Float: job.mask_kind = MaskKind::f32; break;
@@ -64,18 +52,17 @@ void set_rows(const Tensor& t, const char*& data, int64_t* stride) {
 }
 
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size,
-                  const char* meaning, const Tensor& query, bool cuda) {
+                  const char* meaning, const Tensor& query) {
   check_dtype(op, name, t, dtype, dtype == ScalarType::Long ? "integers are int64" : "gates are float32");
   check_same_device(op, name, t, query);
   expect_shape(op, name, t, {size}, meaning);
 }
 
-int64_t set_groups(const char* op, const Optional& groups, const Tensor& query, const Tensor& key, bool cuda,
-                   DecodeJob& job) {
+int64_t set_groups(const char* op, const Optional& groups, const Tensor& query, const Tensor& key, DecodeJob& job) {
   const int64_t heads = query.size(1);
   job.groups = key.size(1);
   if (groups) {
-    check_vector(op, "groups", *groups, ScalarType::Long, -1, "(G,)", query, cuda);
+    check_vector(op, "groups", *groups, ScalarType::Long, -1, "(G,)", query);
     job.groups = groups->size(0);
     job.group = groups->const_data_ptr<int64_t>();
   }
@@ -90,8 +77,8 @@ DecodeJob check_gated_attention_decode(const char* op, Tensor& query, const Tens
                                        Optional& groups, Optional& gate, const Optional& mask, Optional& lengths,
                                        double scale, int64_t window, bool cuda) {
   check_query(op, query, cuda);
-  check_cache(op, "key", key, query, cuda);
-  check_cache(op, "value", value, query, cuda);
+  check_cache(op, "key", key, query);
+  check_cache(op, "value", value, query);
   expect_shape(op, "value", value, {key.size(0), key.size(1), key.size(2), key.size(3)}, "the shape of key");
   PPNET_CHECK(window >= 0, op, ": window is ", window, "; allowed are positions >= 1, or 0 for none");
   if (query.size(3) > 1 && query.stride(3) != 1) query = torch::stable::contiguous(query);
@@ -101,17 +88,17 @@ DecodeJob check_gated_attention_decode(const char* op, Tensor& query, const Tens
   DecodeJob job{};
   job.dtype = dtype_of(query);
   job.batch = query.size(0), job.tokens = query.size(2), job.width = query.size(3), job.keys = key.size(2);
-  job.per_group = set_groups(op, groups, query, key, cuda, job);
+  job.per_group = set_groups(op, groups, query, key, job);
   set_rows(query, job.query, job.query_stride);
   set_rows(key, job.key, job.key_stride);
   set_rows(value, job.value, job.value_stride);
   if (gate) {
-    check_vector(op, "gate", *gate, ScalarType::Float, job.groups, "(G,)", query, cuda);
+    check_vector(op, "gate", *gate, ScalarType::Float, job.groups, "(G,)", query);
     job.gate = gate->const_data_ptr<float>();
   }
-  if (mask) set_mask(op, *mask, query, job.keys, cuda, job);
+  if (mask) set_mask(op, *mask, query, job.keys, job);
   if (lengths) {
-    check_vector(op, "lengths", *lengths, ScalarType::Long, query.size(0), "(B,)", query, cuda);
+    check_vector(op, "lengths", *lengths, ScalarType::Long, query.size(0), "(B,)", query);
     job.lengths = lengths->const_data_ptr<int64_t>();
   }
   job.window = window;

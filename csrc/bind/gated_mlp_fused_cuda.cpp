@@ -20,8 +20,6 @@ constexpr const char* kOp = "gated_mlp_fused";
 constexpr int64_t kMostSplits = 1024;
 constexpr int64_t kMostSize = 1 << 30;
 
-int64_t round_up(int64_t n) { return (n + 7) / 8 * 8; }
-
 int32_t size_of(const char* name, const Tensor& t, int64_t d) {
   PPNET_CHECK(t.size(d) <= kMostSize, kOp, ": ", name, " has shape ", shape(t), "; no size may be above ", kMostSize);
   return static_cast<int32_t>(t.size(d));
@@ -37,7 +35,7 @@ const void* neurons(const char* name, const Tensor& t, const Tensor& x, int64_t 
   PPNET_CHECK(rows && (t.size(0) <= 1 || t.stride(0) >= t.size(1)), kOp, ": ", name, " of shape ", shape(t),
               " has strides (", t.stride(0), ", ", t.stride(1),
               "); its rows must be contiguous: store it unit by unit (ppnet.accelerate does)");
-  stride = t.size(0) > 1 ? t.stride(0) : round_up(t.size(1));
+  stride = t.size(0) > 1 ? t.stride(0) : cuda::whole_pitch(t.size(1));
   return t.const_data_ptr();
 }
 
@@ -82,7 +80,7 @@ Tensor gated_mlp_fused_cuda(Tensor x, Tensor up, Tensor down, Optional gate, Opt
   job.out_width = size_of("down", down, 1);
   if (!((x.size(1) <= 1 || x.stride(1) == 1) && (x.size(0) <= 1 || x.stride(0) >= 0))) x = torch::stable::contiguous(x);
   job.x = x.const_data_ptr();
-  job.x_stride = x.size(0) > 1 ? x.stride(0) : round_up(x.size(1));
+  job.x_stride = x.size(0) > 1 ? x.stride(0) : cuda::whole_pitch(x.size(1));
   job.up = neurons("up", up, x, job.units, job.width, "(F, D)", job.up_stride);
   job.down = neurons("down", down, x, job.units, job.out_width, "(F, D), F that of up", job.down_stride);
   if (gate) job.gate = neurons("gate", *gate, x, job.units, job.width, "(F, D), as up", job.gate_stride);
@@ -96,9 +94,9 @@ Tensor gated_mlp_fused_cuda(Tensor x, Tensor up, Tensor down, Optional gate, Opt
 
   const DeviceScope device(x);
   const Tensor y = torch::stable::new_empty(x, {x.size(0), down.size(1)});
-  job.h_stride = round_up(job.kept);
+  job.h_stride = cuda::whole_pitch(job.kept);
   const Tensor h = torch::stable::new_empty(x, {x.size(0), job.h_stride});
-  job.partial_stride = round_up(job.out_width);
+  job.partial_stride = cuda::whole_pitch(job.out_width);
   const int64_t parts = job.plan.splits > 1 ? job.plan.splits : 0;
   const Tensor partial = torch::stable::new_empty(x, {parts, x.size(0), job.partial_stride}, ScalarType::Float);
   job.h = h.mutable_data_ptr();

@@ -80,7 +80,7 @@ Tensor gpu::linear_t_decode(const char* op, const LinearNames& names, const Tens
   job.y = y.mutable_data_ptr();
   job.chunks = cuda::linear_t_chunks(job.dtype, job.tokens, job.width, job.kept);
   const Tensor partial =
-      torch::stable::new_empty(x, {job.chunks, job.tokens, cuda::sums_pitch(job.width)}, ScalarType::Float);
+      torch::stable::new_empty(x, {job.chunks, job.tokens, cuda::whole_pitch(job.width)}, ScalarType::Float);
   job.partial = partial.mutable_data_ptr<float>();
   const int error = cuda::linear_t_decode(job, device.index(), device.stream());
   PPNET_CHECK(error == 0, op, ": ", cuda::error_string(error));

@@ -125,7 +125,7 @@ std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, 
   for (size_t i = 0; i < items.size(); ++i) {
     const NormItem& item = items[i];
     const ScalarType sums = arithmetic(weight[i].scalar_type());
-    check_unit_gradient(op, i, item, grad[i], norm[i], weight[i], false);
+    check_unit_gradient(op, i, item, grad[i], norm[i], weight[i]);
     with_sums(dtype_of(weight[i]),
               [&](auto zero) { make_factors<decltype(zero)>(item, grad[i], norm[i], factors[i]); });
     const bool with_scale = needs_scale && item.scaled;

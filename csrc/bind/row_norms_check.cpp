@@ -4,11 +4,12 @@
 namespace ppnet {
 
 std::vector<NormItem> check_row_norms(const char* op, const Tensors& weight, const Tensors& scale,
-                                      const std::vector<int64_t>& dim, bool cuda) {
+                                      const std::vector<int64_t>& dim, bool gpu) {
   check_lengths(op, weight.size(), "weight", {{"input_scale", scale.size()}, {"dim", dim.size()}});
   std::vector<NormItem> items;
   for (size_t i = 0; i < weight.size(); ++i) {
-    check_same_device(op, at("weight", i), weight[i], weight[0]);
+    if (i == 0) check_kernel_device(op, at("weight", i), weight[i], gpu);
+    else check_same_device(op, at("weight", i), weight[i], weight[0]);
     check_matrix(op, at("weight", i), weight[i], dim[i], i);
     NormItem item;
     item.matrix = orient(weight[i], dim[i], prefers_transpose(weight[i]));
@@ -29,7 +30,7 @@ std::vector<NormItem> check_row_norms(const char* op, const Tensors& weight, con
 }
 
 void check_unit_gradient(const char* op, size_t i, const NormItem& item, Tensor& grad, Tensor& norm,
-                         const Tensor& weight, bool cuda) {
+                         const Tensor& weight) {
   for (auto [name, t] : {std::pair{"grad", &grad}, std::pair{"norm", &norm}}) {
     check_same_device(op, at(name, i), *t, weight);
     check_shape(op, at(name, i), *t, {item.units()}, "that of the norms");

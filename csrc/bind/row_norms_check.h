@@ -15,12 +15,12 @@ struct NormItem {
   int64_t units() const { return matrix.columns ? matrix.cols : matrix.rows; }
 };
 
-// `cuda`: the tensors must be on a GPU.
+// `gpu`: the tensors must be on a GPU, else on the CPU.
 std::vector<NormItem> check_row_norms(const char* op, const Tensors& weight, const Tensors& scale,
-                                      const std::vector<int64_t>& dim, bool cuda);
+                                      const std::vector<int64_t>& dim, bool gpu);
 // grad[i] and norm[i], contiguous in place.
 void check_unit_gradient(const char* op, size_t i, const NormItem& item, Tensor& grad, Tensor& norm,
-                         const Tensor& weight, bool cuda);
+                         const Tensor& weight);
 // The gradient of the matrix, not transposed back; empty where it is not needed.
 Tensor new_weight_gradient(const NormItem& item, bool needed);
 

@@ -60,7 +60,7 @@ std::tuple<Tensors, Tensors> row_norms_backward_cuda(Tensors grad, Tensors norm,
   for (size_t i = 0; i < items.size(); ++i) {
     const NormItem& item = items[i];
     const ScalarType sums = arithmetic(weight[i].scalar_type());
-    check_unit_gradient(op, i, item, grad[i], norm[i], weight[i], kGpuTensors);
+    check_unit_gradient(op, i, item, grad[i], norm[i], weight[i]);
     const bool with_scale = needs_scale && item.scaled;
     const Tensor dw = new_weight_gradient(item, needs_weight);
     dweight.push_back(needs_weight && item.matrix.transposed ? torch::stable::transpose(dw, 0, 1) : dw);

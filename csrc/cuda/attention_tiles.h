@@ -6,6 +6,7 @@
 
 #include "gated_attention.h"
 #include "prim.h"
+#include "sizes.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -247,8 +248,6 @@ __device__ __forceinline__ float sum_of_quad(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
-
-inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Launches `kernel` over `blocks`, which may be none.
 template <class... Params, class... Args>

@@ -6,15 +6,16 @@
 
 #include "cpu/act.h"
 #include "cpu/dtype.h"
+#include "sizes.h"
 
 namespace ppnet::cuda {
 
-// Shares of work are chosen for this many multiprocessors, an H200's, on every GPU: so a result is the same on all.
+// Shares of work are chosen for this many multiprocessors, an H200's, on every GPU: so a result is the same on all that
+// take the same path. Only gated_mlp_decode asks for more: where a block may not have the shared memory of its fused
+// kernel (see mlp_plan), linear layers compute it, with sums in another order.
 inline constexpr int64_t kSms = 132;
 
 inline int64_t padded_tokens(int64_t tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8; }
-// Columns of a row of partial sums: whole vectors of every dtype.
-inline int64_t sums_pitch(int64_t width) { return (width + 7) / 8 * 8; }
 
 // y (T, K) = x W[idx]^T + bias[idx]: outputs are rows.
 struct DecodeLayer {
@@ -48,7 +49,7 @@ struct LinearTDecode {
   const float* z;             // (K) or null
   const void *bias, *residual;  // (D), (T, D), or null
   void* y;                    // (T, D)
-  float* partial;             // (chunks, T, sums_pitch(D))
+  float* partial;             // (chunks, T, whole_pitch(D))
   int64_t chunks;
 };
 

@@ -43,7 +43,7 @@ __host__ __device__ inline int64_t chunk_begin(int64_t kept, int64_t chunks, int
   return kept * chunk / chunks;
 }
 
-// y (tokens, width) = bias + residual (or 0) + the sum of partial (chunks, tokens, sums_pitch(width)), always added in
+// y (tokens, width) = bias + residual (or 0) + the sum of partial (chunks, tokens, whole_pitch(width)), always added in
 // the same order. Defined in decode_sums.cu.
 cudaError_t add_up(Dtype dtype, const float* partial, int64_t chunks, int64_t tokens, int64_t width, const void* bias,
                    const void* residual, void* y, cudaStream_t stream);

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kWarps * 32)
                   const E* residual, E* y) {
   __shared__ float sums[kWarps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t d = int64_t(blockIdx.x) * 32 + lane, t = blockIdx.y, pitch = (width + 7) / 8 * 8;
+  const int64_t d = int64_t(blockIdx.x) * 32 + lane, t = blockIdx.y, pitch = whole_pitch(width);
   float sum = 0.0f;
   if (d < width) {
     const float* from = partial + t * pitch + d;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 template <class E>
 cudaError_t run(const float* partial, int64_t chunks, int64_t tokens, int64_t width, const void* bias,
                 const void* residual, void* y, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((width + 31) / 32), static_cast<unsigned>(tokens));
+  const dim3 grid(static_cast<unsigned>(ceil_div(width, 32)), static_cast<unsigned>(tokens));
   return launch(add_up_kernel<E>, grid, kWarps * 32, 0, stream, partial, chunks, tokens, width,
                 static_cast<const E*>(bias), static_cast<const E*>(residual), static_cast<E*>(y));
 }

@@ -4,6 +4,7 @@
 
 #include "activations.h"
 #include "elements.h"
+#include "sizes.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -178,8 +179,6 @@ __global__ void __launch_bounds__(kThreads)
   dz[col] = total;
 }
 
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool even_rows(const void* data, int64_t stride, int64_t size) {
   return !data || (aligned_to(data) && stride * size % 16 == 0);
 }
@@ -200,7 +199,7 @@ cudaError_t backward(const GatedAct& job, cudaStream_t stream) {
   const auto kernel = plan.vectors ? gated_act_backward_kernel<T, 16 / sizeof(T)> : gated_act_backward_kernel<T, 1>;
   const cudaError_t error = blocks ? launch(kernel, blocks, kThreads, 0, stream, job, plan) : cudaSuccess;
   if (error != cudaSuccess || !job.dz || job.cols == 0) return error;
-  return launch(gated_act_sums_kernel<C>, static_cast<unsigned>(up(job.cols, 32)), kThreads, 0, stream,
+  return launch(gated_act_sums_kernel<C>, static_cast<unsigned>(ceil_div(job.cols, 32)), kThreads, 0, stream,
                 static_cast<const C*>(job.partial), static_cast<C*>(job.dz), plan.row_blocks, job.cols);
 }
 
@@ -216,16 +215,16 @@ GatedActPlan gated_act_plan(const GatedAct& job, bool backward) {
   const int64_t pieces = plan.vectors ? job.cols * size / 16 : job.cols;
   plan.across = 1;
   while (plan.across < kThreads && plan.across < pieces) plan.across *= 2;
-  plan.col_tiles = up(pieces, plan.across);
+  plan.col_tiles = ceil_div(pieces, plan.across);
   const int64_t step = kThreads / plan.across;
   int64_t rows = kForwardRows;
   // Fewer blocks of rows write fewer sums: 8 / rows bytes of 10 per element of bf16; but all multiprocessors want work.
   if (backward) {
     rows = kMostBackwardRows;
-    while (rows > kLeastBackwardRows && plan.col_tiles * up(job.rows, rows * step) < kManyBlocks) rows /= 2;
+    while (rows > kLeastBackwardRows && plan.col_tiles * ceil_div(job.rows, rows * step) < kManyBlocks) rows /= 2;
   }
   plan.block_rows = rows * step;
-  plan.row_blocks = up(job.rows, plan.block_rows);
+  plan.row_blocks = ceil_div(job.rows, plan.block_rows);
   return plan;
 }
 

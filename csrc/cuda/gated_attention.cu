@@ -138,7 +138,7 @@ int gated_attention(const GatedAttention& p, int device, void* stream) {
     using C = decltype(kind);
     using F = Forward<C::kWidth, C::kMasked>;
     return launch_blocks(gated_attention_kernel<typename C::T, C::kWidth, C::kMasked>,
-                         p.batch * p.heads * blocks_of(p.tokens, F::kQueries), kThreads, F::kShared,
+                         p.batch * p.heads * ceil_div(p.tokens, F::kQueries), kThreads, F::kShared,
                          static_cast<cudaStream_t>(stream), p);
   });
 }

@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float w = exp2_approx(score[r][i][e] - lse[r][e / 2]);
-          if (from_weights) through += w * dweight[r][i][e];
+          // Rows after the last token have weights too, and 0 times a key of -inf is NaN.
+          if (from_weights && row + 16 * r + 8 * (e / 2) + lane / 4 < p.tokens) through += w * dweight[r][i][e];
           score[r][i][e] = w * (gate * dweight[r][i][e] - delta[r][e / 2]);
         }
     uint32_t dscores[kRowTiles][kKeys / 8][2];
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <class C>
 cudaError_t launch_dkey(const GatedAttention& p, const GatedAttentionGradients& g, cudaStream_t stream) {
   using F = OfKeys<C::kWidth, C::kMasked>;
-  const int64_t blocks = p.batch * p.kv_heads * blocks_of(p.keys, F::kRows);
+  const int64_t blocks = p.batch * p.kv_heads * ceil_div(p.keys, F::kRows);
   const auto run = [&](auto kernel) { return launch_blocks(kernel, blocks, kThreads, F::kShared, stream, p, g); };
   if constexpr (C::kWidth <= 128) {
     return run(attention_dkey_kernel<typename C::T, C::kWidth, C::kMasked, Wanted::both>);
@@ -319,8 +320,8 @@ cudaError_t launch_dkey(const GatedAttention& p, const GatedAttentionGradients& 
 template <class C>
 cudaError_t launch_backward(const GatedAttention& p, const GatedAttentionGradients& g, cudaStream_t stream) {
   using F = OfQueries<C::kWidth, C::kMasked>;
-  const int64_t rows = p.batch * p.heads * p.tokens, blocks = blocks_of(p.tokens, F::kRows);
-  cudaError_t error = launch_blocks(attention_rows_kernel<typename C::T>, blocks_of(rows, kRowThreads / kRowLanes),
+  const int64_t rows = p.batch * p.heads * p.tokens, blocks = ceil_div(p.tokens, F::kRows);
+  cudaError_t error = launch_blocks(attention_rows_kernel<typename C::T>, ceil_div(rows, kRowThreads / kRowLanes),
                                     kRowThreads, 0, stream, p, g);
   if (error == cudaSuccess)
     error = launch_blocks(attention_dquery_kernel<typename C::T, C::kWidth, C::kMasked>, p.batch * p.heads * blocks,
@@ -339,7 +340,7 @@ int64_t gated_attention_partials(const GatedAttention& p) {
     rows = OfQueries<decltype(kind)::kWidth, decltype(kind)::kMasked>::kRows;
     return cudaSuccess;
   });
-  return p.batch * p.heads * blocks_of(p.tokens, rows);
+  return p.batch * p.heads * ceil_div(p.tokens, rows);
 }
 
 int gated_attention_backward(const GatedAttention& p, const GatedAttentionGradients& g, int device, void* stream) {

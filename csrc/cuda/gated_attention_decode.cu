@@ -4,6 +4,7 @@
 
 #include "decode_scalar.h"
 #include "decode_tensor.h"
+#include "sizes.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -12,15 +13,14 @@ constexpr int64_t kMostSplits = 128;
 // The H200's 132 multiprocessors with two blocks each.
 constexpr int64_t kBlocksAtOnce = 132 * 2;
 
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The parts with the least estimated time, in rounds of a block's loop: blocks run in waves, each starts up as long as
 // one round takes, and adding up costs two more.
 int64_t best_splits(int64_t blocks, int64_t keys, int64_t round) {
-  const int64_t most = up(keys, round) < kMostSplits ? up(keys, round) : kMostSplits;
+  const int64_t most = ceil_div(keys, round) < kMostSplits ? ceil_div(keys, round) : kMostSplits;
   int64_t best = 1, least = INT64_MAX;
   for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t time = up(blocks * splits, kBlocksAtOnce) * (up(keys, splits * round) + 1) + (splits > 1 ? 2 : 0);
+    const int64_t rounds = ceil_div(keys, splits * round) + 1;
+    const int64_t time = ceil_div(blocks * splits, kBlocksAtOnce) * rounds + (splits > 1 ? 2 : 0);
     if (time < least) best = splits, least = time;
   }
   return best;
@@ -121,7 +121,7 @@ DecodePlan decode_plan(const AttentionDecode& job) {
   plan.vectors = job.width * size % 16 == 0 && even_rows(job.query, job.query_stride, size) &&
                  even_rows(job.key, job.key_stride, size) && even_rows(job.value, job.value_stride, size);
   plan.tensor_cores = plan.vectors && size == 2;
-  plan.row_tiles = up(rows, plan.tensor_cores ? kTensorRows : kScalarRows);
+  plan.row_tiles = ceil_div(rows, plan.tensor_cores ? kTensorRows : kScalarRows);
   const int64_t round = kDecodeWarps * (plan.tensor_cores ? kTensorPositions : kScalarPositions);
   const int64_t attended = job.window > 0 && job.window < job.keys - job.tokens ? job.window + job.tokens : job.keys;
   plan.splits = best_splits(job.batch * job.groups * plan.row_tiles, attended, round);

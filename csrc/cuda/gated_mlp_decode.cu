@@ -208,7 +208,7 @@ class Mlp {
   }
 
   __device__ void store() const {
-    const int64_t pitch = (job_.width + 7) / 8 * 8;
+    const int64_t pitch = whole_pitch(job_.width);
     float* partial = job_.partial + blockIdx.x * job_.tokens * pitch;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
@@ -272,7 +272,7 @@ int64_t vectors_of(const MlpDecode& job) {  // of a row
 
 // What the fused kernel can hold; the rest goes by linear layers, with h (T, K) in between.
 bool fits(const MlpDecode& job) {
-  const int64_t each = (vectors_of(job) + kMostThreads - 1) / kMostThreads;
+  const int64_t each = ceil_div(vectors_of(job), kMostThreads);
   return (each <= 1 ? 1 : each <= 2 ? 2 : each <= 4 ? 4 : 8) * padded_tokens(job.tokens) <= 4;
 }
 
@@ -284,7 +284,7 @@ int threads_of(const MlpDecode& job) {
 // A share for every block that an H200 runs at once, but no fewer than eight neurons.
 int64_t fused_chunks(const MlpDecode& job) {
   const int64_t per_sm = kMostThreads / threads_of(job), wanted = kSms * (per_sm < 4 ? per_sm : 4);
-  const int64_t most = (job.kept + 7) / 8, chunks = wanted < most ? wanted : most;
+  const int64_t most = ceil_div(job.kept, 8), chunks = wanted < most ? wanted : most;
   return chunks < 1 ? 1 : chunks;
 }
 
@@ -324,7 +324,7 @@ MlpPlan mlp_plan(const MlpDecode& job, int64_t shared_limit) {
   MlpPlan plan{};
   if (!fits(job)) return plan;
   plan.threads = threads_of(job);
-  const int64_t each = (vectors_of(job) + plan.threads - 1) / plan.threads;
+  const int64_t each = ceil_div(vectors_of(job), plan.threads);
   plan.vectors = each <= 1 ? 1 : each <= 2 ? 2 : 4;
   plan.chunks = fused_chunks(job);
   plan.group = padded_tokens(job.tokens) <= 2 && plan.vectors == 1 ? 4 : plan.vectors <= 2 ? 2 : 1;
@@ -340,7 +340,7 @@ MlpPlan mlp_plan(const MlpDecode& job, int64_t shared_limit) {
 }
 
 int64_t mlp_workspace(const MlpDecode& job) {
-  const int64_t row = job.tokens * sums_pitch(job.width);
+  const int64_t row = job.tokens * whole_pitch(job.width);
   const int64_t apart = (job.tokens * job.kept * 2 + 3) / 4 * 4 +
                         linear_t_chunks(job.dtype, job.tokens, job.width, job.kept) * row;
   const int64_t together = fits(job) ? fused_chunks(job) * row : 0;

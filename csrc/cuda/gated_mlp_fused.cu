@@ -34,8 +34,6 @@ constexpr int64_t kLaunchCycles = 4000;  // another kernel
 constexpr int64_t kL2Bytes = 4000;       // per cycle
 constexpr int64_t kMostSplits = 16;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr int64_t cycles(const TileCost& tile, int64_t rows, int64_t cols, int64_t depth, int64_t splits) {
   const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(cols, tile.cols) * splits;
   const int64_t steps = ceil_div(ceil_div(depth, kDepth), splits);
@@ -81,7 +79,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) hidden_kernel(con
 #pragma unroll
       for (int p = 0; p < kProducts; ++p)
         copy_chunk<kVector>(to + swizzled(local + p * kOfWarp, chunk), weights[n][p] + column,
-                            neuron + n < job.kept ? left : 0);
+                            neuron + n < job.kept ? left : 0, weights[n][p]);
     }
   };
   Sums<Tile> sums{};
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kBlocks) down_kernel(const
 #pragma unroll
       for (int panel = 0; panel < Tile::kCols / kDepth; ++panel)
         copy_chunk<kVector>(to + panel * (kDepth * kDepth) + swizzled(r + i * kRowsAtOnce, chunk), from + panel * kDepth,
-                            in_chunk(left - panel * kDepth));
+                            in_chunk(left - panel * kDepth), static_cast<const T*>(job.down));
     }
   };
   Sums<Tile> sums{};

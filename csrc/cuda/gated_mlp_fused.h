@@ -5,6 +5,7 @@
 
 #include "cpu/act.h"
 #include "cpu/dtype.h"
+#include "sizes.h"
 
 namespace ppnet::cuda {
 

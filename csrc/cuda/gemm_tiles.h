@@ -37,11 +37,11 @@ __device__ inline int swizzled(int row, int chunk) { return row * kDepth + (chun
 __device__ __forceinline__ int in_chunk(int left) { return min(max(left, 0), kChunk); }
 
 // Starts to copy 8 values, of which those from `n` on are 0 and not read. kVector: `from` is aligned to 16 bytes; otherwise
-// the copy is done at once, value by value.
+// the copy is done at once, value by value. `inside`: an address of the tensor, for copies of nothing.
 template <bool kVector, class T>
-__device__ __forceinline__ void copy_chunk(T* to, const T* from, int n) {
+__device__ __forceinline__ void copy_chunk(T* to, const T* from, int n, const T* inside) {
   if constexpr (kVector) {
-    cp_async<16>(to, from, n * 2);
+    cp_async<16>(to, n > 0 ? from : inside, n * 2);
   } else {
     uint32_t bits[4];
 #pragma unroll
@@ -59,12 +59,12 @@ __device__ __forceinline__ void copy_chunk(T* to, const T* from, int n) {
 // would be hoisted out of the loop over the steps into registers that the sums need.
 template <int kRows, bool kVector, class T>
 struct RowCopies {
-  const T* next;
+  const T *matrix, *next;
   int64_t stride;
   int rows, columns;  // that are left from this thread's first row, and from its next column on
 
   __device__ RowCopies(const T* matrix, int64_t stride, int first, int rows, int column, int columns)
-      : stride(stride), rows(rows - first - static_cast<int>(threadIdx.x / 8)),
+      : matrix(matrix), stride(stride), rows(rows - first - static_cast<int>(threadIdx.x / 8)),
         columns(columns - column - static_cast<int>(threadIdx.x % 8) * kChunk) {
     next = matrix + (first + threadIdx.x / 8) * stride + column + threadIdx.x % 8 * kChunk;
   }
@@ -73,7 +73,7 @@ struct RowCopies {
 #pragma unroll
     for (int i = 0; i < kRows / kRowsAtOnce; ++i)
       copy_chunk<kVector>(to + swizzled(threadIdx.x / 8 + i * kRowsAtOnce, threadIdx.x % 8),
-                          next + i * kRowsAtOnce * stride, i * kRowsAtOnce < rows ? n : 0);
+                          next + i * kRowsAtOnce * stride, i * kRowsAtOnce < rows ? n : 0, matrix);
     next += kDepth;
     columns -= kDepth;
   }

@@ -136,7 +136,7 @@ int rows_per_warp(int64_t tokens) { return tokens <= 2 ? kRows<1> : kRows<8>; }
 
 }  // namespace
 
-int64_t linear_groups(int64_t kept, int rows_per_group) { return (kept + rows_per_group - 1) / rows_per_group; }
+int64_t linear_groups(int64_t kept, int rows_per_group) { return ceil_div(kept, rows_per_group); }
 
 LinearPlan linear_plan(const LinearsDecode& job) {
   LinearPlan plan{};
@@ -144,7 +144,7 @@ LinearPlan linear_plan(const LinearsDecode& job) {
   plan.rows_per_warp = rows_per_warp(job.tokens);
   const int64_t bytes = element_size(job.dtype), tokens = padded_tokens(job.tokens);
   const int64_t most = kTileBytes / (tokens * bytes) / 256 * 256;  // whole turns of a warp
-  const int64_t width = (job.width + 7) / 8 * 8;
+  const int64_t width = whole_pitch(job.width);
   plan.tile = width < most ? width : most;
   plan.tile_bytes = tokens * plan.tile * bytes;
   for (int64_t i = 0; i < job.n; ++i)

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
       }
     }
   }
-  const int64_t pitch = (job.width + 7) / 8 * 8, column = int64_t(blockIdx.x) * kStrip + threadIdx.x;
+  const int64_t pitch = whole_pitch(job.width), column = int64_t(blockIdx.x) * kStrip + threadIdx.x;
   float* partial = job.partial + int64_t(blockIdx.y) * job.tokens * pitch;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
 
 // As many blocks as an H200 runs at once, but at least 64 rows each: eight loads of every warp.
 int64_t linear_t_chunks(Dtype dtype, int64_t tokens, int64_t width, int64_t kept) {
-  const int64_t strips = (width + strip(dtype) - 1) / strip(dtype);
+  const int64_t strips = ceil_div(width, strip(dtype));
   const int64_t wanted = kSms * (tokens <= 2 ? kBlocksPerSm<1> : kBlocksPerSm<8>) / (strips > 0 ? strips : 1);
-  const int64_t most = (kept + 63) / 64, chunks = wanted < most ? wanted : most;
+  const int64_t most = ceil_div(kept, 64), chunks = wanted < most ? wanted : most;
   return chunks < 1 ? 1 : chunks;
 }
 
@@ -109,7 +109,7 @@ int linear_t_decode(const LinearTDecode& job, int device, void* stream) {
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess || job.tokens == 0 || job.width == 0) return error;
   const auto s = static_cast<cudaStream_t>(stream);
-  const dim3 grid(static_cast<unsigned>((job.width + strip(job.dtype) - 1) / strip(job.dtype)),
+  const dim3 grid(static_cast<unsigned>(ceil_div(job.width, strip(job.dtype))),
                   static_cast<unsigned>(job.chunks));
   error = with_kind(job.dtype, job.tokens, [&](auto kind) {
     using K = decltype(kind);

@@ -3,6 +3,7 @@
 #include "row_norms.h"
 
 #include "elements.h"
+#include "table.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -14,25 +15,8 @@ constexpr int kWarpRows = 2;      // rows that a warp sums together: they share 
 constexpr int kRowsAtOnce = 4;    // pieces of a column that a thread has on their way together
 constexpr int64_t kMostRows = 64, kLeastRows = 8;  // of a thread that sums columns
 constexpr int64_t kEnoughBlocks = 132;
-constexpr int64_t kMaxBlocks = 1 << 20;
 
-// Work is numbered in tiles: tensor t has the tiles tile_end[t - 1] .. tile_end[t].
-struct Table {
-  RowNormsTensor tensors[kTensors];
-  int64_t tile_end[kTensors];
-  int n;
-};
-static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KB");
-
-// The tensor that a tile belongs to; `tile` becomes relative to it.
-__device__ inline const RowNormsTensor& find(const Table& table, int64_t& tile) {
-  int t = 0;
-  while (tile >= table.tile_end[t]) ++t;
-  if (t > 0) tile -= table.tile_end[t - 1];
-  return table.tensors[t];
-}
-
-__host__ __device__ inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using Table = TileTable<RowNormsTensor, kTensors>;
 
 // 16 bytes at a time, or single elements.
 __host__ __device__ inline bool vectors(const RowNormsTensor& t) {
@@ -52,13 +36,13 @@ __host__ __device__ inline Tiles tiles_of(const RowNormsTensor& t) {
   Tiles tiles;
   tiles.across = 1;
   while (tiles.across < kThreads && tiles.across < pieces) tiles.across *= 2;
-  tiles.col_tiles = up(pieces, tiles.across);
+  tiles.col_tiles = ceil_div(pieces, tiles.across);
   const int64_t step = kThreads / tiles.across;
   // Fewer blocks of rows write fewer sums, but all multiprocessors want work.
   int64_t rows = kMostRows;
-  while (rows > kLeastRows && tiles.col_tiles * up(t.rows, rows * step) < kEnoughBlocks) rows /= 2;
+  while (rows > kLeastRows && tiles.col_tiles * ceil_div(t.rows, rows * step) < kEnoughBlocks) rows /= 2;
   tiles.block_rows = rows * step;
-  tiles.row_blocks = up(t.rows, tiles.block_rows);
+  tiles.row_blocks = ceil_div(t.rows, tiles.block_rows);
   return tiles;
 }
 
@@ -281,61 +265,35 @@ __global__ void __launch_bounds__(kThreads) units_kernel(const __grid_constant__
   }
 }
 
-int64_t row_tiles(const RowNormsTensor& t) { return up(t.rows, kWarpRows); }
+int64_t row_tiles(const RowNormsTensor& t) { return ceil_div(t.rows, kWarpRows); }
 int64_t column_tiles(const RowNormsTensor& t) { return tiles_of(t).col_tiles * tiles_of(t).row_blocks; }
-int64_t finish_tiles(const RowNormsTensor& t) { return up(t.cols, 32); }
-int64_t unit_tiles(const RowNormsTensor& t) { return up(t.columns ? t.cols : t.rows, 32); }
-
-// Launches `kernel` over the chosen tensors, kTensors at a time.
-template <class Wanted>
-cudaError_t launch_over(void (*kernel)(Table), const RowNormsTensor* tensors, int n, cudaStream_t stream,
-                        int64_t tiles_per_block, int64_t (*tiles_of)(const RowNormsTensor&), Wanted wanted) {
-  Table table;
-  table.n = 0;
-  int64_t tiles = 0;
-  for (int i = 0; i <= n; ++i) {
-    if (i < n && wanted(tensors[i]) && tiles_of(tensors[i]) > 0) {
-      tiles += tiles_of(tensors[i]);
-      table.tensors[table.n] = tensors[i];
-      table.tile_end[table.n++] = tiles;
-    }
-    if (table.n == kTensors || (i == n && table.n > 0)) {
-      const int64_t blocks = up(tiles, tiles_per_block);
-      const auto grid = static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-      const cudaError_t error = launch(kernel, grid, kThreads, 0, stream, table);
-      if (error != cudaSuccess) return error;
-      table.n = 0;
-      tiles = 0;
-    }
-  }
-  return cudaSuccess;
-}
+int64_t finish_tiles(const RowNormsTensor& t) { return ceil_div(t.cols, 32); }
+int64_t unit_tiles(const RowNormsTensor& t) { return ceil_div(t.columns ? t.cols : t.rows, 32); }
 
 template <class T>
 cudaError_t forward(ppnet::Dtype dtype, const RowNormsTensor* tensors, int n, cudaStream_t stream) {
-  cudaError_t error = launch_over(sum_rows_kernel<T, false>, tensors, n, stream, kWarps, row_tiles,
+  cudaError_t error = launch_over(sum_rows_kernel<T, false>, tensors, n, stream, kThreads, kWarps, row_tiles,
                                   [=](const RowNormsTensor& t) { return t.dtype == dtype && !t.columns; });
   if (error != cudaSuccess) return error;
-  error = launch_over(sum_columns_kernel<T, false>, tensors, n, stream, 1, column_tiles, [=](const RowNormsTensor& t) {
-    return t.dtype == dtype && t.columns && !is_absolute(t);
-  });
+  error = launch_over(sum_columns_kernel<T, false>, tensors, n, stream, kThreads, 1, column_tiles,
+                      [=](const RowNormsTensor& t) { return t.dtype == dtype && t.columns && !is_absolute(t); });
   if (error != cudaSuccess) return error;
-  return launch_over(finish_columns_kernel<T, false>, tensors, n, stream, 1, finish_tiles,
+  return launch_over(finish_columns_kernel<T, false>, tensors, n, stream, kThreads, 1, finish_tiles,
                      [=](const RowNormsTensor& t) { return t.dtype == dtype && t.columns; });
 }
 
 template <class T>
 cudaError_t backward(ppnet::Dtype dtype, const RowNormsTensor* tensors, int n, cudaStream_t stream) {
   const auto wanted = [=](const RowNormsTensor& t) { return t.dtype == dtype && (t.dweight || t.out); };
-  cudaError_t error = launch_over(units_kernel<T>, tensors, n, stream, kWarps, unit_tiles, wanted);
+  cudaError_t error = launch_over(units_kernel<T>, tensors, n, stream, kThreads, kWarps, unit_tiles, wanted);
   if (error != cudaSuccess) return error;
-  error = launch_over(sum_rows_kernel<T, true>, tensors, n, stream, kWarps, row_tiles,
+  error = launch_over(sum_rows_kernel<T, true>, tensors, n, stream, kThreads, kWarps, row_tiles,
                       [=](const RowNormsTensor& t) { return wanted(t) && t.columns; });
   if (error != cudaSuccess) return error;
-  error = launch_over(sum_columns_kernel<T, true>, tensors, n, stream, 1, column_tiles,
+  error = launch_over(sum_columns_kernel<T, true>, tensors, n, stream, kThreads, 1, column_tiles,
                       [=](const RowNormsTensor& t) { return wanted(t) && !t.columns; });
   if (error != cudaSuccess) return error;
-  return launch_over(finish_columns_kernel<T, true>, tensors, n, stream, 1, finish_tiles,
+  return launch_over(finish_columns_kernel<T, true>, tensors, n, stream, kThreads, 1, finish_tiles,
                      [=](const RowNormsTensor& t) { return wanted(t) && !t.columns && t.out; });
 }
 

@@ -2,7 +2,7 @@
 #include "rows.h"
 
 #include "elements.h"
-#include "launch.h"
+#include "table.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -12,15 +12,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 3;    // up to 85 registers: without a bound, ptxas for sm_100 chose 32 and spilled
 constexpr int kPieceBytes = 2048;  // of a row, per warp: four 16-byte accesses of every lane in flight
-constexpr int64_t kMaxBlocks = 1 << 20;
 
-// Work is numbered in tiles: tensor t has the tiles tile_end[t - 1] .. tile_end[t].
-struct Table {
-  RowsTensor tensors[kTensors];
-  int64_t tile_end[kTensors];
-  int n;
-};
-static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KB");
+using Table = TileTable<RowsTensor, kTensors>;
 
 // 16 bytes of a row.
 template <class T>
@@ -34,14 +27,6 @@ __device__ inline Vector<T> scaled(Vector<T> v, arithmetic_t<T> scale) {
 #pragma unroll
   for (int i = 0; i < Vector<T>::kSize; ++i) v.x[i] = rounded<T>(widened(v.x[i]) * scale);
   return v;
-}
-
-// The tensor that a tile belongs to; `tile` becomes relative to it.
-__device__ inline const RowsTensor& find(const Table& table, int64_t& tile) {
-  int t = 0;
-  while (tile >= table.tile_end[t]) ++t;
-  if (t > 0) tile -= table.tile_end[t - 1];
-  return table.tensors[t];
 }
 
 __device__ inline int64_t checked(int64_t f, int64_t full) {
@@ -192,45 +177,20 @@ int64_t matrix_tiles(const RowsTensor& t) {
 int64_t kept_tiles(const RowsTensor& t) { return (t.kept + 31) / 32; }
 int64_t dot_tiles(const RowsTensor& t) { return t.columns ? kept_tiles(t) : t.kept; }
 
-// Launches `kernel` over the chosen tensors, kTensors at a time.
-template <class Wanted, class Tiles>
-cudaError_t launch_over(void (*kernel)(Table), const RowsTensor* tensors, int n, cudaStream_t stream,
-                        int64_t tiles_per_block, Wanted wanted, Tiles tiles_of) {
-  Table table;
-  table.n = 0;
-  int64_t tiles = 0;
-  for (int i = 0; i <= n; ++i) {
-    if (i < n && wanted(tensors[i]) && tiles_of(tensors[i]) > 0) {
-      tiles += tiles_of(tensors[i]);
-      table.tensors[table.n] = tensors[i];
-      table.tile_end[table.n++] = tiles;
-    }
-    if (table.n == kTensors || (i == n && table.n > 0)) {
-      const int64_t blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
-      const auto grid = static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-      const cudaError_t error = launch(kernel, grid, kThreads, 0, stream, table);
-      if (error != cudaSuccess) return error;
-      table.n = 0;
-      tiles = 0;
-    }
-  }
-  return cudaSuccess;
-}
-
 template <class T>
 cudaError_t gather(Dtype dtype, const RowsTensor* tensors, int n, cudaStream_t stream) {
-  return launch_over(gather_rows_kernel<T>, tensors, n, stream, kWarps,
-                [=](const RowsTensor& t) { return t.dtype == dtype; }, matrix_tiles<T>);
+  return launch_over(gather_rows_kernel<T>, tensors, n, stream, kThreads, kWarps, matrix_tiles<T>,
+                     [=](const RowsTensor& t) { return t.dtype == dtype; });
 }
 
 template <class T>
 cudaError_t scatter(Dtype dtype, const RowsTensor* tensors, int n, cudaStream_t stream) {
   const cudaError_t error =
-      launch_over(row_dot_kernel<T>, tensors, n, stream, 1,
-             [=](const RowsTensor& t) { return t.dtype == dtype && t.weight != nullptr; }, dot_tiles);
+      launch_over(row_dot_kernel<T>, tensors, n, stream, kThreads, 1, dot_tiles,
+                  [=](const RowsTensor& t) { return t.dtype == dtype && t.weight != nullptr; });
   if (error != cudaSuccess) return error;
-  return launch_over(scatter_rows_kernel<T>, tensors, n, stream, kWarps,
-                [=](const RowsTensor& t) { return t.dtype == dtype && t.out != nullptr; }, matrix_tiles<T>);
+  return launch_over(scatter_rows_kernel<T>, tensors, n, stream, kThreads, kWarps, matrix_tiles<T>,
+                     [=](const RowsTensor& t) { return t.dtype == dtype && t.out != nullptr; });
 }
 
 }  // namespace
@@ -252,12 +212,20 @@ int scatter_rows(const RowsTensor* tensors, int n, int32_t* slots, int64_t slot_
   if (error == cudaSuccess && slot_count > 0)
     error = cudaMemsetAsync(slots, 0xff, static_cast<size_t>(slot_count) * sizeof(int32_t), s);
   if (error == cudaSuccess)
-    error = launch_over(slot_kernel, tensors, n, s, kWarps, [](const RowsTensor& t) { return t.slot != nullptr; },
-                        kept_tiles);
+    error = launch_over(slot_kernel, tensors, n, s, kThreads, kWarps, kept_tiles,
+                        [](const RowsTensor& t) { return t.slot != nullptr; });
   if (error == cudaSuccess) error = scatter<float>(Dtype::f32, tensors, n, s);
   if (error == cudaSuccess) error = scatter<__nv_bfloat16>(Dtype::bf16, tensors, n, s);
   if (error == cudaSuccess) error = scatter<__half>(Dtype::f16, tensors, n, s);
   if (error == cudaSuccess) error = scatter<double>(Dtype::f64, tensors, n, s);
+  return error;
+}
+
+int kernels_run(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, gather_rows_kernel<float>);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would return it
   return error;
 }
 

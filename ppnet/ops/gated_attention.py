@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ppnet.ops.gated_attention_fused import fused
+from ppnet.ops.gated_attention_fused import fits_fused, fused
 from ppnet.ops.gated_attention_gemm import Rules, attended, empty_by_token, gemm, gemm_backward, wide
 from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
@@ -86,10 +86,11 @@ def gated_attention(
     and three bools as large; per thread a float32 block of 256 queries by 512 keys and their outputs (2 blocks in the
     backward); in the backward copies of the gradients. A copy of what is not contiguous along Dh.
     path: None, what attention_path says; or "fused": one kernel on NVIDIA GPUs, for bfloat16 and float16 and Dh a
-    multiple of 8 up to 256 (elsewhere plain torch computes the same in float32, all scores at once). It applies the
-    gate to the float32 sums. Workspace: copies of what has rows that are not aligned to 16 bytes; bools of the mask's
-    size for masks that differ between queries or heads (masks of keys alone cost nothing, and what they hide is not
-    read); in the backward 2 floats per query and head, and one per 64 or 128 of them with a gate.
+    multiple of 8 up to 256 (other dtypes and widths go the way of None; without the kernel plain torch computes the
+    same in float32, all scores at once). It applies the gate to the float32 sums. Workspace: copies of what has rows
+    that are not aligned to 16 bytes; bools of the mask's size for masks that differ between queries or heads (masks of
+    keys alone cost nothing, and what they hide is not read); in the backward 2 floats
+    per query and head, and one per 64 or 128 of them with a gate.
     Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
@@ -97,10 +98,10 @@ def gated_attention(
     if path not in (None, "fused"):
         raise RuntimeError(f'gated_attention: path is "{path}"; allowed are "fused" and None')
     device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if _is_cast(query):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     scale = _default_scale(query) if scale is None else scale
-    if path == "fused":
+    if path == "fused" and fits_fused(query):
         return fused(query, key, value, gate, groups, mask, is_causal, scale, window or 0)
     if groups is not None:
         key, value = key.index_select(1, groups), value.index_select(1, groups)
@@ -141,6 +142,12 @@ def gated_attention_ref(
     return torch.where(alive, weights, 0).to(query.dtype) @ value
 
 
+def _is_cast(query: Tensor) -> bool:
+    """Whether autocast casts query, and key and value with it."""
+    device = query.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64
+
+
 def _default_scale(query: Tensor) -> float:
     return max(query.shape[-1], 1) ** -0.5
 
@@ -163,9 +170,7 @@ def _check(
             )
     (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
     for name, t in (("key", key), ("value", value)):
-        if t.shape != (batch, kv_heads, keys, width) or (
-            t.dtype != query.dtype and not torch.is_autocast_enabled("cpu")
-        ):
+        if t.shape != (batch, kv_heads, keys, width) or (t.dtype != query.dtype and not _is_cast(query)):
             raise RuntimeError(
                 f"gated_attention: {name} has shape {tuple(t.shape)} and dtype {t.dtype}; it must be (B, Hkv, S, Dh) = "
                 f"{(batch, kv_heads, keys, width)} and {query.dtype}, as query {tuple(query.shape)}"

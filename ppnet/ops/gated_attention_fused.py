@@ -54,6 +54,12 @@ def fused(
     ]
 
 
+def fits_fused(query: Tensor) -> bool:
+    """Whether the kernel takes this dtype and width."""
+    width = query.shape[-1]
+    return query.dtype in (torch.bfloat16, torch.float16) and 0 < width <= 256 and width % 8 == 0
+
+
 def _used(mask: Tensor, tokens: int, keys: int, is_causal: bool, window: int) -> Tensor:
     """(B or 1, S or 1): keys that some query of the sequence attends to."""
     attend = attended(mask)

@@ -1,10 +1,11 @@
 """Compiles CUDA sources for several architectures and says what became of them: `make cuda-check`, and CI.
 
-Warnings and register spills are errors. A row per source and architecture: kernels, their registers and shared memory,
-and how many of the instructions that the kernels are written for there are: 16-byte loads from global memory, 16-byte
-asynchronous copies, ldmatrix, tensor-core products, and accesses to local memory (arrays that found no registers).
-Counted in the machine code where a cuobjdump is found (on PATH or beside nvcc), else in PTX. A source that lacks what
-REQUIRED names for it fails. Everything nvcc printed is kept in the output folder.
+Warnings, register spills and, in csrc/cuda, any use of local memory (an array that found no registers, a frame on the
+stack: slow, but no spill to ptxas) are errors. A row per source and architecture: kernels, their registers and shared
+memory, and how many of the instructions that the kernels are written for there are: 16-byte loads from global memory,
+16-byte asynchronous copies, ldmatrix, tensor-core products; and accesses to local memory. Counted in the machine code
+where a cuobjdump is found (on PATH or beside nvcc), else in PTX, which does not say what stays local. A source that
+lacks what REQUIRED names for it fails. Everything nvcc printed is kept in the output folder.
 """
 
 from __future__ import annotations
@@ -76,11 +77,15 @@ def compile_one(nvcc: str, cuobjdump: str | None, include: Path, out: Path, sour
     else:
         text = "".join(path.read_text() for path in kept.glob("*.ptx"))
     facts = {name: len(re.findall(pattern[cuobjdump is None], text)) for name, pattern in FACTS.items()}
-    lacking = [name for name in REQUIRED.get(source.stem, ()) if not facts[name]]
+    wrong = [f"no {name}" for name in REQUIRED.get(source.stem, ()) if not facts[name]]
+    frame = max((int(n) for n in re.findall(r"(\d+) bytes stack frame", said)), default=0)
+    local = 0 if cuobjdump is None else facts["local"]
+    if source.parent == include / "cuda" and (local or frame):
+        wrong.append(f"{local} accesses to local memory and a frame of {frame} bytes; 0 are allowed")
     for path in kept.iterdir():
         if path.suffix not in (".txt", ".cubin"):
             path.unlink()
-    return Compiled(source, arch, len(registers), registers, shared, facts, ", ".join(f"no {name}" for name in lacking))
+    return Compiled(source, arch, len(registers), registers, shared, facts, ", ".join(wrong))
 
 
 def shown(numbers: list[int]) -> str:
