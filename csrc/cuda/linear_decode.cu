@@ -15,7 +15,7 @@ constexpr int64_t kTileBytes = 96 * 1024;  // of x: an sm_120 has 99 KB, an H200
 // 96 KB, where an H200 needs about 26 KB (4.3 TB/s for 800 ns) if they never paused. Eight tokens leave registers for
 // four, and are bound by arithmetic.
 template <int kTokens>
-inline constexpr int kRows = kTokens <= 2 ? 2 : 4;
+inline constexpr int kRows = kTokens <= 4 ? 2 : 4;
 template <int kTokens>
 inline constexpr int kAhead = kTokens == 8 ? 1 : 8 / kRows<kTokens>;
 template <int kTokens>
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kTokens>)
   }
 }
 
-int rows_per_warp(int64_t tokens) { return tokens <= 2 ? kRows<1> : kRows<8>; }
+int rows_per_warp(int64_t tokens) { return tokens <= 4 ? kRows<1> : kRows<8>; }
 
 }  // namespace
 
