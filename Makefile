@@ -7,17 +7,21 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.ppnet
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc tests/cuda -type f -not -name '*.py*' 2>/dev/null)
-CUDA_ARCHS ?= 80 90 90a 100 120
+CUDA_ARCHS ?= 80 89 90a 100 120
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell echo $$(($(JOBS) < 8 ? $(JOBS) : 8)))
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard $(CUDA_HOME)/bin/nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 
 .PHONY: demo test bench lint sanitize cuda-check clean
 .DELETE_ON_ERROR:
 
-demo: $(STAMPS)/report
+# What tests were installed with has all that the demo needs.
+demo: $(STAMPS)/$(if $(wildcard $(STAMPS)/test),test,report)
 	$(BIN)/ppnet demo --out ppnet-demo --force $(ARGS)
 
+# One process per core, with one thread each: tests set the threads that they need.
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 bench: $(STAMPS)/test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-sort=name $(ARGS)
@@ -41,21 +45,14 @@ sanitize: $(STAMPS)/test
 	  --build-lib $(SANITIZED)
 	@$(SANITIZE_ENV) -c "import ppnet._C as m; assert m.__file__.startswith('$(SANITIZED)'), m.__file__; \
 	  import ppnet.extension as e; print('== ppnet: tests with', m.__file__, 'on', ', '.join(e.supported_isas()))"
-	$(SANITIZE_ENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
+	OMP_NUM_THREADS=1 $(SANITIZE_ENV) -m pytest -n $(WORKERS) -p no:cacheprovider --capture=sys $(SANITIZE_ARGS) tests/ops tests/cuda
 
-# Compiles every CUDA source for every architecture, warnings and register spills being errors.
+# Compiles every CUDA source for every architecture, warnings and register spills being errors, and prints registers,
+# shared memory and what instructions they became.
 cuda-check:
 	@test -n "$(NVCC)" || { echo "cuda-check: no nvcc on PATH, in CUDA_HOME or /usr/local/cuda; nothing was checked"; exit 1; }
-	@mkdir -p build/cuda-check
-	@for arch in $(CUDA_ARCHS); do for source in csrc/cuda/*.cu tests/cuda/*.cu; do \
-	  object=build/cuda-check/$$(basename $$source .cu)-$$arch.o; \
-	  echo "== $$source sm_$$arch"; \
-	  "$(NVCC)" -std=c++17 -O3 -Icsrc -gencode=arch=compute_$$arch,code=sm_$$arch -Xptxas -v -Xptxas --warn-on-spills \
-	    -Xptxas --warning-as-error -Xcompiler -Wall,-Wextra -Werror all-warnings -c $$source -o $$object \
-	    > $$object.log 2>&1 || { cat $$object.log; exit 1; }; \
-	  sed -n -e "s/.*Compiling entry function '\([^']*\)'.*/\1/p" -e 's/.*\(Used [0-9]* registers\).*/  \1/p' $$object.log \
-	    | paste - - | sed -e 's/_ZN[0-9A-Za-z_]*_cu_[0-9a-f]\{8\}//'; \
-	done; done
+	@$(PYTHON) tests/cuda/compile_kernels.py --nvcc "$(NVCC)" --archs "$(CUDA_ARCHS)" --include csrc --out build/cuda-check \
+	  --jobs $(JOBS) $(wildcard csrc/cuda/*.cu tests/cuda/*.cu)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) ppnet/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
@@ -77,9 +74,12 @@ $(STAMPS)/tools: $(STAMPS)/torch
 	  $(PIP) install -q "setuptools>=77" pybind11 cmake ninja; else $(PIP) install -q "setuptools>=77"; fi
 	@touch $@
 
+# The demo runs on the CPU. Tests load the CUDA kernels where there is nvcc, and need them for no more than one architecture.
+BUILD_report = PPNET_EMULATOR=OFF PPNET_CUDA=$(or $(PPNET_CUDA),OFF)
+BUILD_test = PPNET_EMULATOR=ON PPNET_CUDA_ARCHS="$(or $(PPNET_CUDA_ARCHS),80-real;80-virtual)"
 $(STAMPS)/report $(STAMPS)/test: $(STAMPS)/%: $(STAMPS)/tools $(SOURCES)
 	@echo "== ppnet: building the extension and installing ppnet[$*]"
-	PPNET_EMULATOR=$(if $(filter test,$*),ON,OFF) PATH="$(CURDIR)/$(BIN):$$PATH" \
+	$(BUILD_$*) PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(PIP) install -q --no-build-isolation -e ".[$*]"
 	$(BIN)/python -W ignore -c "from ppnet.extension import build_info; print('ppnet:', build_info())"
 	@touch $@

@@ -1,7 +1,9 @@
 """Builds ppnet._C and ppnet._host through CMake; the metadata is in pyproject.toml.
 
-Environment: PPNET_CUDA=ON|OFF|AUTO, PPNET_CUDA_ARCHS, PPNET_EXT=AUTO|OFF, PPNET_SANITIZE=ON|OFF,
-PPNET_EMULATOR=ON|OFF (also ppnet/_emulated.so, for tests: the CUDA kernels on the CPU), MAX_JOBS.
+Environment: PPNET_CUDA=ON|OFF|AUTO, PPNET_CUDA_ARCHS (default: machine code for sm_80, which sm_86 and sm_89 run too,
+and sm_90a; PTX of compute_80, which the driver compiles for any later GPU when that first uses it), PPNET_EXT=AUTO|OFF,
+PPNET_SANITIZE=ON|OFF, PPNET_EMULATOR=ON|OFF (also ppnet/_emulated.so, for tests: the CUDA kernels on the CPU),
+MAX_JOBS.
 Without a C++ compiler the package is installed as pure Python; a compiler that fails is an error.
 """
 
@@ -110,7 +112,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DTORCH_DIR={torch}", f"-DTORCH_VERSION={torch_version(torch)}"]
         configure += [f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}", f"-DPYBIND11_INCLUDE={pybind11_include()}"]
         configure += [f"-DPPNET_CUDA={os.environ.get('PPNET_CUDA', 'AUTO').upper()}"]
-        configure += [f"-DPPNET_CUDA_ARCHS={os.environ.get('PPNET_CUDA_ARCHS', '80-real;90a-real')}"]
+        configure += [f"-DPPNET_CUDA_ARCHS={os.environ.get('PPNET_CUDA_ARCHS', '80-real;90a-real;80-virtual')}"]
         configure += [f"-DPPNET_SANITIZE={sanitize}", f"-DPPNET_EMULATOR={'ON' if emulator_wanted() else 'OFF'}"]
         ninja = shutil.which("ninja")
         if ninja:

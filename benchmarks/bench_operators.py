@@ -10,6 +10,7 @@ import torch
 import ppnet.roofline.cases  # noqa: F401  registers the operators
 from ppnet.roofline import Machine, measure
 from ppnet.roofline.case import OPERATORS
+from ppnet.roofline.timing import off_the_default_stream
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [case for name in sorted(OPERATORS) for case in OPERATORS[name]("full", DEVICE)]
@@ -22,7 +23,7 @@ def machine():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator}: {case.label}")
 def test_operator(benchmark, case, machine):
-    with torch.no_grad():
+    with torch.no_grad(), off_the_default_stream(DEVICE):
         row = measure(case, machine)
         providers = case.setup()
         ours = next(iter(providers.values()))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ppnet.modes import certainly, transformed
 from ppnet.ops.gated_attention import gated_attention
-from ppnet.ops.gated_attention_decode import gated_attention_decode
-from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
+from ppnet.ops.gated_attention_decode import GPU_WIDTH, gated_attention_decode
+from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS, has_kernels
 
 # Names in transformers' registry of attention functions: for training alone (wrapped models, whose dense evaluation is
 # to stay their own to the bit), and for generation too (accelerated models).
@@ -49,14 +49,17 @@ def attention_forward(
     special = bool(kwargs) and any(kwargs.get(name) is not None for name in SPECIAL)
     # The dtypes differ under autocast with a cache, which SDPA refuses as well.
     plain = not dropout and not special and query.dtype == key.dtype == value.dtype and not transformed()
-    if query.device.type != "cpu" or not plain or not (learns or decode) or (causal and context != tokens):
+    ruled = causal or tokens == 1 or attention_mask is not None
+    few = not learns and certainly(tokens <= MOST_TOKENS) and ruled and query.dtype in DTYPES
+    # Prompts and training have kernels of torch's own on a GPU.
+    here = query.is_cpu or (few and has_kernels(query) and query.shape[-1] <= GPU_WIDTH)
+    if not here or not plain or not (learns or decode) or (causal and context != tokens):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    ruled = causal or tokens == 1 or attention_mask is not None
-    if not learns and certainly(tokens <= MOST_TOKENS) and ruled and query.dtype in DTYPES:
+    if few:
         out = gated_attention_decode(query, key, value, mask=attention_mask, scale=scaling)
     else:
         out = gated_attention(query, key, value, mask=attention_mask, is_causal=causal, scale=scaling)

@@ -20,7 +20,7 @@ from ppnet import ops
 from ppnet.modes import certainly, evaluating, transformed
 from ppnet.ops.gated_act import ACTS
 from ppnet.ops.gated_act import activation as named_activation
-from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS
+from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS, has_kernels
 from ppnet.units import Site
 
 
@@ -40,7 +40,7 @@ class Kept:
 def suits(x: Tensor) -> bool:
     """Whether the decode operators take tokens x ``(..., D)``; a graph for any number has the library's products."""
     few = certainly(x.numel() <= MOST_TOKENS * x.shape[-1])
-    return few and x.dtype in DTYPES and x.is_cpu and not torch.is_autocast_enabled("cpu")
+    return few and x.dtype in DTYPES and has_kernels(x) and not torch.is_autocast_enabled(x.device.type)
 
 
 def decodes(x: Tensor, rows: Iterable[Tensor], others: Iterable[Tensor | None] = ()) -> bool:
@@ -144,7 +144,7 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Forward of a fused MLP: one operator, unless a child is not what it was or the call is not a plain one."""
     parts: MlpParts = self._ppnet_mlp
     known = is_plain(self, parts.leaves) and self._modules[parts.fn].__dict__.get("_ppnet_act") == parts.act
-    if args or kwargs or not known or x.device.type != "cpu" or (self.training and drops_out(self)):
+    if args or kwargs or not known or not has_kernels(x) or (self.training and drops_out(self)):
         return type(self).forward(self, x, *args, **kwargs)
     up, down = getattr(self, parts.up), getattr(self, parts.down)
     gate = None if parts.gate is None else getattr(self, parts.gate)
@@ -165,7 +165,7 @@ def mlp_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     rows, others = [w for w in weights if w is not None], [options[name] for name in OTHERS]
     if binding.decode and decodes(x, rows, others):
         return ops.gated_mlp_decode(x.reshape(-1, x.shape[-1]), *weights, **options).view(x.shape)
-    return ops.gated_mlp(x, *weights, **options)
+    return ops.gated_mlp(x, *weights, **options) if x.is_cpu else type(self).forward(self, x)
 
 
 def drops_out(block: nn.Module) -> bool:

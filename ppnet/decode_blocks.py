@@ -20,6 +20,7 @@ from ppnet import ops
 from ppnet.attention import DECODING, attention_forward
 from ppnet.decode import DTYPES, Kept, computes_the_same, decodes, is_plain, linear
 from ppnet.modes import evaluating, transformed
+from ppnet.ops.linear_decode import has_kernels
 from ppnet.units import Site
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,7 +35,7 @@ def norm_forward(self: Any, hidden_states: Tensor) -> Any:
     """Forward of a fused RMSNorm."""
     x, weight = hidden_states, self.weight
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in DTYPES
+    plain = has_kernels(x) and x.dtype == weight.dtype and x.dtype in DTYPES
     if learns or not plain or transformed():
         return type(self).forward(self, x)
     return ops.rms_norm(x, weight, self._ppnet_eps)

@@ -24,6 +24,7 @@ from ppnet.binding import Binding
 from ppnet.decode import MlpParts, suits
 from ppnet.decode_blocks import LEAVES, attention_block_forward, cached_steps, kept_if_same
 from ppnet.modes import evaluating, transformed
+from ppnet.ops.gated_attention_decode import GPU_WIDTH
 from ppnet.wrap import ScaleInput, SubLayerHook
 
 ATTENTION, MLP, NORMS = "self_attn", "mlp", ("input_layernorm", "post_attention_layernorm")
@@ -127,6 +128,8 @@ def is_step(parts: LayerParts, x: Tensor, mask: Tensor | None, position_embeddin
     if position_embeddings is None or position_embeddings[0].dtype != x.dtype or (mask is None and x.shape[1] != 1):
         return False
     if kwargs and any(kwargs.get(name) is not None for name in SPECIAL):
+        return False
+    if not x.is_cpu and parts.attention.head_dim > GPU_WIDTH:
         return False
     return not _has_any_global_hook() and parts.attention.config._attn_implementation == DECODING
 

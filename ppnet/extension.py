@@ -34,6 +34,35 @@ def cuda_available() -> bool:
     return _C is not None and torch._C._dispatch_has_kernel_for_dispatch_key("ppnet::gather_rows", "CUDA")
 
 
+def cuda_status(device: int) -> str:
+    """ "ok", "not built", or why the CUDA kernels cannot run on the GPU of this index and what to do.
+
+    Asks the driver for a kernel, which makes the GPU's context if there is none yet: some hundred MB of its memory.
+    """
+    if _C is None:
+        return "not built"
+    if not torch.cuda.is_available():
+        return _C.cuda_status(device)  # what is missing
+    with torch.cuda.device(device):
+        status = _C.cuda_status(device)
+        major, minor = torch.cuda.get_device_capability(device)
+    if status in ("ok", "not built"):
+        return status
+    arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    return f"{status}; build ppnet for it: PPNET_CUDA_ARCHS={arch}-real pip install ."
+
+
+_RUN: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def cuda_runs(device: int) -> bool:
+    """Whether the CUDA kernels run on the GPU of this index; asked once."""
+    if device not in _RUN:
+        _RUN[device] = cuda_status(device) == "ok"
+    return _RUN[device]
+
+
 def host() -> ModuleType:
     """`ppnet._host`. Errors: RuntimeError where it was not built."""
     if _host is None:
@@ -59,7 +88,11 @@ def supported_isas() -> list[str]:
 
 
 def build_info() -> dict[str, object]:
-    """What was built and what runs: extension, why not, isa, torch (and torch_built), compiler, cuda."""
+    """What was built and what runs: extension, why not, isa, torch (and torch_built), compiler, cuda.
+
+    "cuda" is `cuda_status` of the current GPU, whose context this makes.
+    """
+    gpu = torch.cuda.is_available()
     info: dict[str, object] = {
         "extension": available(),
         "reason": _reason or _host_reason,
@@ -67,8 +100,8 @@ def build_info() -> dict[str, object]:
         "supported_isas": supported_isas(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "cuda": _C.cuda_status() if _C else "not built",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "cuda": cuda_status(torch.cuda.current_device() if gpu else 0),
+        "gpu": torch.cuda.get_device_name() if gpu else "",
     }
     if _host is not None:
         built = _host.build_info()

@@ -19,6 +19,7 @@ from ppnet.roofline import result as results
 from ppnet.roofline.case import OPERATORS, Band, Case, copies, each, row_of
 from ppnet.roofline.machine import Machine, matmuls
 from ppnet.roofline.result import Result, compare
+from ppnet.roofline.timing import HostTimed
 
 CPU = torch.device("cpu")
 TINY = [case for name in sorted(OPERATORS) for case in OPERATORS[name]("tiny", CPU)]
@@ -41,6 +42,9 @@ class FakeMachine:
 
     def known(self, kind):
         return self.ceilings.get(kind)
+
+    def timed(self, run):
+        return HostTimed(run, self.now, cases.WINDOW)
 
     def takes(self, seconds):
         def run():
@@ -194,6 +198,23 @@ def test_wrong_files_are_named(tmp_path, text, said):
     assert said in str(error.value) and "earlier.json" in str(error.value)
 
 
+def test_the_setting_names_the_commit_and_the_driver(tmp_path, monkeypatch):
+    said = {}
+    monkeypatch.setattr(machines, "_said", lambda *command: said.get(command[0]))
+    assert machines.commit(tmp_path) is None and machines.driver() is None
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "commit").write_text("0123abc\n")
+    (tmp_path / ".git").write_text("gitdir: a git that is missing here, or does not trust the folder")
+    assert machines.commit(tmp_path) == "0123abc"
+    said |= {"git": "4567def-dirty", "nvidia-smi": "580.1"}
+    assert machines.commit(tmp_path) == "4567def-dirty" and machines.driver() == "580.1"
+    head, line, *_ = result_of(fake_row(), driver="580.1", commit="4567def").to_csv().splitlines()
+    row = dict(zip(head.split(","), line.split(","), strict=True))
+    assert row["driver"] == "580.1" and row["commit"] == "4567def"
+    monkeypatch.undo()
+    assert machines._said("no-such-program") is None and machines._said("false") is None
+
+
 def test_ways_to_multiply_agree():
     x, w = torch.randn(8, 64), torch.randn(32, 64)
     for name, way in matmuls(x, w).items():
@@ -305,6 +326,13 @@ def test_a_bench_that_is_stopped_keeps_what_it_measured(bench, tmp_path, monkeyp
 def test_bench_refuses(bench, arguments, said):
     code, out, err = bench(*arguments)
     assert code == 1 and out == "" and said in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_bench_of_a_gpu_that_is_not_here(bench, tmp_path):
+    code, out, err = bench("--device", "cuda", "--out", tmp_path / "out")
+    assert code == 1 and out == "" and "device: 'cuda' cannot be used here" in err and "try cpu" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_figure_takes_any_result():

@@ -76,6 +76,19 @@ inline void check_cpu(const char* op, const std::string& name, const Tensor& t) 
   PPNET_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU; all tensors of a call must be on one device");
 }
 
+// The first tensor of a call: of a GPU where the kernel is a GPU's, else of the CPU.
+inline void check_kernel_device(const char* op, const std::string& name, const Tensor& t, bool gpu) {
+  if (!gpu) return check_cpu(op, name, t);
+  PPNET_CHECK(t.is_cuda(), op, ": ", name, " is not on a GPU; all tensors of a call must be on one device");
+}
+
+// The others.
+inline void check_same_device(const char* op, const std::string& name, const Tensor& t, const Tensor& first) {
+  if (first.is_cpu()) return check_cpu(op, name, t);
+  PPNET_CHECK(t.is_cuda() && t.get_device_index() == first.get_device_index(), op, ": ", name,
+              " is on another device than the first tensor; all tensors of a call must be on one device");
+}
+
 // Sizes of -1 are free; `meaning` spells the shape in the field's letters, as "(T, D)".
 inline void check_shape(const char* op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes,
                         const char* meaning) {
@@ -93,6 +106,22 @@ inline void check_shape(const char* op, const std::string& name, const Tensor& t
   }
   expected << (sizes.size() == 1 ? ",)" : ")");
   PPNET_CHECK(same, op, ": ", name, " has shape ", shape(t), "; it must be ", meaning, " = ", expected.str());
+}
+
+inline bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (t.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (int64_t size : sizes) {
+    if (size >= 0 && t.size(d) != size) return false;
+    ++d;
+  }
+  return true;
+}
+
+// check_shape builds its message first, which takes longer than a small layer: it is asked only to refuse.
+inline void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
+                         const char* meaning) {
+  if (!has_shape(t, sizes)) check_shape(op, name, t, sizes, meaning);
 }
 
 inline Act act_named(const char* op, const std::string& name) {

@@ -39,22 +39,17 @@ class Workspace {
   char* next_;
 };
 
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> sizes);
-// check_shape builds its message first, which takes longer than a small layer: it is asked only to refuse.
-inline void expect_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> sizes,
-                         const char* meaning) {
-  if (!has_shape(t, sizes)) check_shape(op, name, t, sizes, meaning);
-}
-// Dtype, and the last axis contiguous in rows that do not overlap.
-void check_rows(const char* op, const char* name, const Tensor& weight, ScalarType dtype);
+// All are on the device of x.
+// Dtype of x, and the last axis contiguous in rows that do not overlap.
+void check_rows(const char* op, const char* name, const Tensor& weight, const Tensor& x);
 // A bias (N,) of x's dtype, contiguous in place; null where absent.
-const char* check_bias(const char* op, const char* name, Optional& bias, int64_t n, ScalarType dtype);
-// idx (K,) int64 in [0, n), contiguous in place; null where absent.
-const int64_t* check_idx(const char* op, Optional& idx, int64_t n, const char* name = "idx");
+const char* check_bias(const char* op, const char* name, Optional& bias, int64_t n, const Tensor& x);
+// idx (K,) int64 in [0, n), contiguous in place; null where absent. On a GPU the kernels check the values.
+const int64_t* check_idx(const char* op, Optional& idx, int64_t n, const Tensor& x, const char* name = "idx");
 // Factors (K,) float32, contiguous in place; null where absent.
-const float* check_factors(const char* op, const char* name, Optional& factors, int64_t kept);
-// x: (T, width) with 0 <= T <= kMostTokens, f32, bf16 or f16.
-void check_tokens(const char* op, const Tensor& x);
+const float* check_factors(const char* op, const char* name, Optional& factors, int64_t kept, const Tensor& x);
+// x: (T, width) with 0 <= T <= kMostTokens, f32, bf16 or f16; of a GPU, or of the CPU.
+void check_tokens(const char* op, const Tensor& x, bool gpu = false);
 
 // The tokens as the kernels read them, in working memory: x (T, width) in groups; (width, padded) factors, times the
 // gate.
@@ -90,6 +85,6 @@ void share_out(int64_t n, int64_t threads, const Body& body) {
 
 // y (T, width) = bias (width) + residual (T, width) (null: 0) + the sum over chunks of partial
 // (chunks, chunk_size(T, width)).
-void add_up(const float* partial, int64_t chunks, const char* bias, const char* residual, Tensor& y);
+void add_up(const float* partial, int64_t chunks, const char* bias, const void* residual, Tensor& y);
 
 }  // namespace ppnet

@@ -1,6 +1,4 @@
 // linear_decode, linears_decode and linear_t_decode on the CPU: the schemas are in ppnet/ops/linear{,s}_decode.py.
-#include "cpu/linear_decode.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -12,33 +10,9 @@ namespace {
 
 constexpr int64_t kRows = 32;  // of a turn of linear_outputs: whole blocks
 
-using Names = cpu::LinearNames;
-
-LinearDecode make_job(const char* op, const Tensor& x, const Tensor& weight, Optional& idx, const Names& names) {
-  check_rows(op, names.weight.c_str(), weight, x.scalar_type());
-  LinearDecode job{};
-  job.dtype = dtype_of(x);
-  job.tokens = x.size(0);
-  job.width = weight.size(1);
-  job.weight = static_cast<const char*>(weight.const_data_ptr());
-  job.stride = weight.stride(0) * element_size(job.dtype);
-  job.idx = check_idx(op, idx, weight.size(0), names.idx.c_str());
-  job.kept = idx ? idx->size(0) : weight.size(0);
-  return job;
-}
+using Names = LinearNames;
 
 int64_t weight_bytes(const LinearDecode& job) { return job.kept * job.width * element_size(job.dtype); }
-
-// A layer whose rows are outputs, without its tokens, and its empty output.
-LinearDecode output_job(const char* op, const Tensor& x, const Tensor& weight, Optional& bias, Optional& idx,
-                        const Names& names, std::vector<Tensor>& y) {
-  LinearDecode job = make_job(op, x, weight, idx, names);
-  expect_shape(op, "x", x, {-1, job.width}, "(T, D), D that of the weight");
-  job.bias = check_bias(op, names.bias.c_str(), bias, weight.size(0), x.scalar_type());
-  y.push_back(torch::stable::new_empty(x, {job.tokens, job.kept}));
-  job.y = static_cast<char*>(y.back().mutable_data_ptr());
-  return job;
-}
 
 int64_t turns(const LinearDecode& job) { return job.tokens ? (job.kept + kRows - 1) / kRows : 0; }
 
@@ -79,27 +53,19 @@ Tensor linear_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx) {
 std::vector<Tensor> cpu::linears_decode(const char* op, const Tensor& x, const std::vector<Tensor>& weight,
                                         std::vector<Optional>& bias, std::vector<Optional>& idx) {
   check_tokens(op, x);
-  const size_t count = weight.size();
-  PPNET_CHECK(bias.size() == count, op, ": bias has ", bias.size(), " entries, but weight has ", count);
-  PPNET_CHECK(idx.size() == count, op, ": idx has ", idx.size(), " entries, but weight has ", count);
   std::vector<Tensor> y;
-  std::vector<LinearDecode> jobs;
-  for (size_t i = 0; i < count; ++i) {
-    const std::string at = "[" + std::to_string(i) + "]";
-    const Names names{"weight" + at, "bias" + at, "idx" + at};
-    jobs.push_back(output_job(op, x, weight[i], bias[i], idx[i], names, y));
-  }
+  std::vector<LinearDecode> jobs = output_jobs(op, x, weight, bias, idx, y);
   run_outputs(x, jobs);
   return y;
 }
 
 Tensor cpu::linear_t_decode(const char* op, const Names& names, const Tensor& x, const Tensor& weight, Optional bias,
-                            Optional idx, Optional z, const char* residual) {
+                            Optional idx, Optional z, const void* residual) {
   check_tokens(op, x);
-  LinearDecode job = make_job(op, x, weight, idx, names);
+  LinearDecode job = linear_job(op, x, weight, idx, names);
   expect_shape(op, "x", x, {-1, job.kept}, idx ? "(T, K), K the entries of idx" : "(T, F), F the rows of the weight");
-  const char* bias_data = check_bias(op, names.bias.c_str(), bias, job.width, x.scalar_type());
-  const float* factors = check_factors(op, names.z.c_str(), z, job.kept);
+  const char* bias_data = check_bias(op, names.bias.c_str(), bias, job.width, x);
+  const float* factors = check_factors(op, names.z.c_str(), z, job.kept, x);
   Tensor y = torch::stable::new_empty(x, {job.tokens, job.width});
   if (job.tokens == 0 || job.width == 0) return y;
   job.chunks = decode_chunks(job.kept, job.tokens);
@@ -121,7 +87,7 @@ std::vector<Tensor> linears_decode_cpu(Tensor x, std::vector<Tensor> weight, std
 }
 
 Tensor linear_t_decode_cpu(Tensor x, Tensor weight, Optional bias, Optional idx, Optional z) {
-  return cpu::linear_t_decode("linear_t_decode", Names{}, x, weight, bias, idx, z);
+  return cpu::linear_t_decode("linear_t_decode", Names{}, x, weight, bias, idx, z, nullptr);
 }
 
 }  // namespace

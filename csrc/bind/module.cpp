@@ -40,10 +40,11 @@ PyObject* supported_isas(PyObject*, PyObject*) {
   return names;
 }
 
-// A launch of nothing on device 0: tells whether the CUDA kernels could run.
-PyObject* cuda_status(PyObject*, PyObject*) {
+PyObject* cuda_status(PyObject*, PyObject* device) {
+  const long index = PyLong_AsLong(device);
+  if (index == -1 && PyErr_Occurred() != nullptr) return nullptr;
 #ifdef PPNET_WITH_CUDA
-  const int error = ppnet::cuda::gather_rows(nullptr, 0, 0, nullptr);
+  const int error = ppnet::cuda::kernels_run(static_cast<int>(index));
   return PyUnicode_FromString(error == 0 ? "ok" : ppnet::cuda::error_string(error));
 #else
   return PyUnicode_FromString("not built");
@@ -54,7 +55,8 @@ PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Instruction set of the CPU kernels in use, as supported_isas names them."},
     {"set_isa", set_isa, METH_O, "Use the kernels of one of supported_isas; auto is the best."},
     {"supported_isas", supported_isas, METH_NOARGS, "Instruction sets that were compiled and that this processor has."},
-    {"cuda_status", cuda_status, METH_NOARGS, "\"ok\", \"not built\", or why the CUDA kernels cannot run here."},
+    {"cuda_status", cuda_status, METH_O,
+     "\"ok\", \"not built\", or why the CUDA kernels cannot run on the GPU of this index, whose context it makes."},
     {nullptr, nullptr, 0, nullptr},
 };
 

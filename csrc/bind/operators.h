@@ -6,26 +6,43 @@
 #include <tuple>
 #include <vector>
 
-#include "decode.h"
+#include "decode_jobs.h"
 
-namespace ppnet::cpu {
+namespace ppnet {
+namespace decode {
 
-// What the arguments of a linear layer are called in errors.
-struct LinearNames {
-  std::string weight = "weight", bias = "bias", idx = "idx", z = "z";
-};
-
-Tensor rms_norm(const char* op, const Tensor& x, const Tensor& weight, double eps, const char* weight_name = "weight");
-std::vector<Tensor> linears_decode(const char* op, const Tensor& x, const std::vector<Tensor>& weight,
-                                   std::vector<Optional>& bias, std::vector<Optional>& idx);
-std::tuple<Tensor, Tensor> rotary(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin);
-Tensor gated_attention_decode(const char* op, Tensor query, const Tensor& key, const Tensor& value, Optional groups,
-                              Optional gate, const Optional& mask, Optional lengths, double scale, int64_t window);
+using RmsNorm = Tensor(const char* op, const Tensor& x, const Tensor& weight, double eps, const char* weight_name);
+using Linears = std::vector<Tensor>(const char* op, const Tensor& x, const std::vector<Tensor>& weight,
+                                    std::vector<Optional>& bias, std::vector<Optional>& idx);
+// Outputs are (B, T, H, Dh): transposed in ppnet/ops/rotary.py.
+using Rotary = std::tuple<Tensor, Tensor>(const char* op, Tensor query, Tensor key, Tensor cos, Tensor sin);
+using Attention = Tensor(const char* op, Tensor query, const Tensor& key, const Tensor& value, Optional groups,
+                         Optional gate, const Optional& mask, Optional lengths, double scale, int64_t window);
 // The residual, of the result's shape and dtype and contiguous, is added before the sum is rounded; null: 0.
-Tensor linear_t_decode(const char* op, const LinearNames& names, const Tensor& x, const Tensor& weight, Optional bias,
-                       Optional idx, Optional z, const char* residual = nullptr);
-Tensor gated_mlp_decode(const char* op, const Tensor& x, const Tensor& up, const Tensor& down, const Optional& gate,
-                        Optional up_bias, Optional gate_bias, Optional down_bias, Optional idx, Optional z,
-                        const std::string& act, const char* residual = nullptr);
+using LinearT = Tensor(const char* op, const LinearNames& names, const Tensor& x, const Tensor& weight, Optional bias,
+                       Optional idx, Optional z, const void* residual);
+using Mlp = Tensor(const char* op, const Tensor& x, const Tensor& up, const Tensor& down, const Optional& gate,
+                   Optional up_bias, Optional gate_bias, Optional down_bias, Optional idx, Optional z,
+                   const std::string& act, const void* residual);
 
-}  // namespace ppnet::cpu
+}  // namespace decode
+
+namespace cpu {
+decode::RmsNorm rms_norm;
+decode::Linears linears_decode;
+decode::Rotary rotary;
+decode::Attention gated_attention_decode;
+decode::LinearT linear_t_decode;
+decode::Mlp gated_mlp_decode;
+}  // namespace cpu
+
+namespace gpu {
+decode::RmsNorm rms_norm;
+decode::Linears linears_decode;
+decode::Rotary rotary;
+decode::Attention gated_attention_decode;
+decode::LinearT linear_t_decode;
+decode::Mlp gated_mlp_decode;
+}  // namespace gpu
+
+}  // namespace ppnet

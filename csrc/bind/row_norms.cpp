@@ -3,48 +3,14 @@
 
 #include <cmath>
 
-#include "check.h"
 #include "cpu/row_norms.h"
-#include "rows.h"
+#include "row_norms_check.h"
 #include "rows_share.h"
 
 namespace ppnet {
 namespace {
 
-// One weight, and the arrays that its job points to.
-struct Item {
-  Matrix matrix;
-  Tensor scale;
-  bool scaled = false;
-  int64_t features() const { return matrix.columns ? matrix.rows : matrix.cols; }
-  int64_t units() const { return matrix.columns ? matrix.cols : matrix.rows; }
-};
-
-std::vector<Item> check(const char* op, const Tensors& weight, const Tensors& scale, const std::vector<int64_t>& dim) {
-  check_lengths(op, weight.size(), "weight", {{"input_scale", scale.size()}, {"dim", dim.size()}});
-  std::vector<Item> items;
-  for (size_t i = 0; i < weight.size(); ++i) {
-    check_cpu(op, at("weight", i), weight[i]);
-    check_matrix(op, at("weight", i), weight[i], dim[i], i);
-    Item item;
-    item.matrix = orient(weight[i], dim[i], prefers_transpose(weight[i]));
-    const bool vector = weight[i].dim() == 1;
-    // A scale of no features is no scale: the norms are 0 either way.
-    item.scaled = !absent(scale[i]);
-    if (item.scaled) {
-      PPNET_CHECK(!vector, op, ": ", at("input_scale", i), " has shape ", shape(scale[i]), ", but ",
-                  at("weight", i), " is 1-D and has no features to scale; it must be empty");
-      check_cpu(op, at("input_scale", i), scale[i]);
-      check_shape(op, at("input_scale", i), scale[i], {item.features()}, "(D,), or empty for no scale,");
-      check_dtype(op, at("input_scale", i), scale[i], arithmetic(weight[i].scalar_type()), "the dtype of the norms");
-      item.scale = scale[i].is_contiguous() ? scale[i] : torch::stable::contiguous(scale[i]);
-    }
-    items.push_back(std::move(item));
-  }
-  return items;
-}
-
-RowNormsJob make_job(const Item& item) {
+RowNormsJob make_job(const NormItem& item) {
   RowNormsJob job{};
   job.dtype = dtype_of(item.matrix.tensor);
   job.weight = static_cast<const char*>(item.matrix.tensor.const_data_ptr());
@@ -84,13 +50,13 @@ void add_blocks(const RowNormsJob& job, C* to) {
 }
 
 Tensors row_norms_cpu(Tensors weight, Tensors scale, std::vector<int64_t> dim) {
-  const std::vector<Item> items = check("row_norms", weight, scale, dim);
+  const std::vector<NormItem> items = check_row_norms("row_norms", weight, scale, dim, false);
   std::vector<RowNormsJob> jobs;
   std::vector<Load> loads;
   std::vector<std::vector<char>> partial(items.size());
   Tensors out;
   for (size_t i = 0; i < items.size(); ++i) {
-    const Item& item = items[i];
+    const NormItem& item = items[i];
     RowNormsJob job = make_job(item);
     out.push_back(torch::stable::new_empty(weight[i], {item.units()}, arithmetic(weight[i].scalar_type())));
     const void* factor = item.scaled ? item.scale.const_data_ptr() : nullptr;
@@ -122,7 +88,7 @@ struct Factors {
 };
 
 template <class C>
-void make_factors(const Item& item, const Tensor& grad, const Tensor& norm, Factors& factors) {
+void make_factors(const NormItem& item, const Tensor& grad, const Tensor& norm, Factors& factors) {
   factors.unit.resize(static_cast<size_t>(item.units()) * sizeof(C));
   auto* unit = reinterpret_cast<C*>(factors.unit.data());
   const C *g = static_cast<const C*>(grad.const_data_ptr()), *n = static_cast<const C*>(norm.const_data_ptr());
@@ -134,7 +100,7 @@ void make_factors(const Item& item, const Tensor& grad, const Tensor& norm, Fact
   for (int64_t d = 0; d < item.features(); ++d) feature[d] = s[d] * s[d];
 }
 
-RowNormsJob make_backward_job(const Item& item, Factors& factors, const Tensor* dweight, const Tensor* dscale) {
+RowNormsJob make_backward_job(const NormItem& item, Factors& factors, const Tensor* dweight, const Tensor* dscale) {
   RowNormsJob job = make_job(item);
   const void *unit = factors.unit.data(), *feature = item.scaled ? factors.feature.data() : nullptr;
   job.row_factor = item.matrix.columns ? feature : unit;
@@ -149,7 +115,7 @@ RowNormsJob make_backward_job(const Item& item, Factors& factors, const Tensor* 
 std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, Tensors weight, Tensors scale,
                                                     std::vector<int64_t> dim, bool needs_weight, bool needs_scale) {
   const char* op = "row_norms_backward";
-  const std::vector<Item> items = check(op, weight, scale, dim);
+  const std::vector<NormItem> items = check_row_norms(op, weight, scale, dim, false);
   check_lengths(op, weight.size(), "weight", {{"grad", grad.size()}, {"norm", norm.size()}});
   std::vector<Factors> factors(items.size());
   std::vector<RowNormsJob> jobs;
@@ -157,23 +123,13 @@ std::tuple<Tensors, Tensors> row_norms_backward_cpu(Tensors grad, Tensors norm, 
   Tensors dweight, dscale;
   int64_t out_bytes = 0;
   for (size_t i = 0; i < items.size(); ++i) {
-    const Item& item = items[i];
+    const NormItem& item = items[i];
     const ScalarType sums = arithmetic(weight[i].scalar_type());
-    for (auto [name, t] : {std::pair{"grad", &grad[i]}, std::pair{"norm", &norm[i]}}) {
-      check_cpu(op, at(name, i), *t);
-      check_shape(op, at(name, i), *t, {item.units()}, "that of the norms");
-      check_dtype(op, at(name, i), *t, sums, "the dtype of the norms");
-      if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
-    }
+    check_unit_gradient(op, i, item, grad[i], norm[i], weight[i]);
     with_sums(dtype_of(weight[i]),
               [&](auto zero) { make_factors<decltype(zero)>(item, grad[i], norm[i], factors[i]); });
     const bool with_scale = needs_scale && item.scaled;
-    std::vector<int64_t> sizes{0};
-    if (needs_weight && weight[i].dim() == 2)
-      sizes = {item.matrix.rows, item.matrix.cols};
-    else if (needs_weight)
-      sizes = {item.matrix.cols};
-    const Tensor dw = torch::stable::new_empty(weight[i], sizes);
+    const Tensor dw = new_weight_gradient(item, needs_weight);
     dscale.push_back(torch::stable::new_empty(weight[i], {with_scale ? item.features() : 0}, sums));
     jobs.push_back(
         make_backward_job(item, factors[i], needs_weight ? &dw : nullptr, with_scale ? &dscale[i] : nullptr));

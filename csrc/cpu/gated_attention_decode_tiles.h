@@ -5,9 +5,6 @@
 #include "sum_each.h"
 #include "vec.h"
 
-// Loops over registers: left rolled, the compiler would keep their arrays in memory.
-#define PPNET_UNROLL _Pragma("GCC unroll 16")
-
 namespace {
 
 // Rows are read two vectors of floats at a time. Which element lies in which lane is the type's choice, as long as

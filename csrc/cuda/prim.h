@@ -92,6 +92,13 @@ __device__ __forceinline__ void cp_async_wait() {
 // Waits for all copies, of open and closed groups.
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// 2^x by the special function unit: 2 units in the last place; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 #else
 
 using emulator::cp_async;
@@ -105,6 +112,8 @@ using emulator::ldmatrix_x2_trans;
 using emulator::ldmatrix_x4;
 using emulator::ldmatrix_x4_trans;
 using emulator::mma_m16n8k16;
+
+inline float exp2_approx(float x) { return exp2f(x); }
 
 #endif
 

@@ -1,7 +1,8 @@
 // gather_rows and scatter_rows: one launch for many tensors, whose descriptors travel as a kernel parameter.
 #include "rows.h"
 
-#include "launch.h"
+#include "elements.h"
+#include "table.h"
 
 namespace ppnet::cuda {
 namespace {
@@ -11,37 +12,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlocksPerSm = 3;    // up to 85 registers: without a bound, ptxas for sm_100 chose 32 and spilled
 constexpr int kPieceBytes = 2048;  // of a row, per warp: four 16-byte accesses of every lane in flight
-constexpr int64_t kMaxBlocks = 1 << 20;
 
-// Work is numbered in tiles: tensor t has the tiles tile_end[t - 1] .. tile_end[t].
-struct Table {
-  RowsTensor tensors[kTensors];
-  int64_t tile_end[kTensors];
-  int n;
-};
-static_assert(sizeof(Table) <= 4096, "kernel parameters are limited to 4 KB");
-
-template <class T>
-struct Arithmetic {
-  using type = float;
-};
-template <>
-struct Arithmetic<double> {
-  using type = double;
-};
-template <class T>
-using arithmetic_t = typename Arithmetic<T>::type;
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline double widen(double x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-template <class T>
-__device__ inline T narrow(arithmetic_t<T> x) {
-  if constexpr (sizeof(T) >= 4) return x;
-  else if constexpr (__is_same(T, __half)) return __float2half_rn(x);
-  else return __float2bfloat16_rn(x);
-}
+using Table = TileTable<RowsTensor, kTensors>;
 
 // 16 bytes of a row.
 template <class T>
@@ -53,18 +25,8 @@ struct alignas(16) Vector {
 template <class T>
 __device__ inline Vector<T> scaled(Vector<T> v, arithmetic_t<T> scale) {
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) v.x[i] = narrow<T>(widen(v.x[i]) * scale);
+  for (int i = 0; i < Vector<T>::kSize; ++i) v.x[i] = rounded<T>(widened(v.x[i]) * scale);
   return v;
-}
-
-__device__ inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
-
-// The tensor that a tile belongs to; `tile` becomes relative to it.
-__device__ inline const RowsTensor& find(const Table& table, int64_t& tile) {
-  int t = 0;
-  while (tile >= table.tile_end[t]) ++t;
-  if (t > 0) tile -= table.tile_end[t - 1];
-  return table.tensors[t];
 }
 
 __device__ inline int64_t checked(int64_t f, int64_t full) {
@@ -78,7 +40,7 @@ __device__ void copy_piece(T* to, const T* from, const arithmetic_t<T>* scale, i
   using V = Vector<T>;
   const arithmetic_t<T> factor = scale ? *scale : arithmetic_t<T>(1);
   int64_t done = 0;
-  if (aligned16(to) && aligned16(from)) {
+  if (aligned_to(to) && aligned_to(from)) {
     done = n / V::kSize * V::kSize;
 #pragma unroll 4
     for (int64_t c = int64_t(lane) * V::kSize; c < done; c += 32 * V::kSize) {
@@ -89,7 +51,7 @@ __device__ void copy_piece(T* to, const T* from, const arithmetic_t<T>* scale, i
     }
   }
   for (int64_t c = done + lane; c < n; c += 32)
-    to[c] = !from ? narrow<T>(0) : scale ? narrow<T>(widen(from[c]) * factor) : from[c];
+    to[c] = !from ? rounded<T>(0) : scale ? rounded<T>(widened(from[c]) * factor) : from[c];
 }
 
 template <class T>
@@ -116,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_rows_kernel(con
 #pragma unroll 4
     for (int64_t c = lane; c < n; c += 32) {
       const T x = src[checked(t.idx[begin + c], t.full)];
-      out[c] = scale ? narrow<T>(widen(x) * scale[begin + c]) : x;
+      out[c] = scale ? rounded<T>(widened(x) * scale[begin + c]) : x;
     }
   }
 }
@@ -158,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) scatter_rows_kernel(co
 #pragma unroll 4
     for (int64_t c = lane; c < n; c += 32) {
       const int k = t.slot[begin + c];
-      T x = narrow<T>(0);
-      if (k >= 0) x = scale ? narrow<T>(widen(src[k]) * scale[k]) : src[k];
+      T x = rounded<T>(0);
+      if (k >= 0) x = scale ? rounded<T>(widened(src[k]) * scale[k]) : src[k];
       out[c] = x;
     }
   }
@@ -185,10 +147,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) row_dot_kernel(const _
       if (t.columns) {
 #pragma unroll 4
         for (int64_t r = warp; r < t.rows; r += kWarps)
-          sum += widen(src[r * t.src_stride]) * widen(weight[r * t.weight_stride]);
+          sum += widened(src[r * t.src_stride]) * widened(weight[r * t.weight_stride]);
       } else {
 #pragma unroll 4
-        for (int64_t c = threadIdx.x; c < t.cols; c += kThreads) sum += widen(src[c]) * widen(weight[c]);
+        for (int64_t c = threadIdx.x; c < t.cols; c += kThreads) sum += widened(src[c]) * widened(weight[c]);
       }
     }
     if (!t.columns) {
@@ -215,45 +177,20 @@ int64_t matrix_tiles(const RowsTensor& t) {
 int64_t kept_tiles(const RowsTensor& t) { return (t.kept + 31) / 32; }
 int64_t dot_tiles(const RowsTensor& t) { return t.columns ? kept_tiles(t) : t.kept; }
 
-// Launches `kernel` over the chosen tensors, kTensors at a time.
-template <class Wanted, class Tiles>
-cudaError_t launch_over(void (*kernel)(Table), const RowsTensor* tensors, int n, cudaStream_t stream,
-                        int64_t tiles_per_block, Wanted wanted, Tiles tiles_of) {
-  Table table;
-  table.n = 0;
-  int64_t tiles = 0;
-  for (int i = 0; i <= n; ++i) {
-    if (i < n && wanted(tensors[i]) && tiles_of(tensors[i]) > 0) {
-      tiles += tiles_of(tensors[i]);
-      table.tensors[table.n] = tensors[i];
-      table.tile_end[table.n++] = tiles;
-    }
-    if (table.n == kTensors || (i == n && table.n > 0)) {
-      const int64_t blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
-      const auto grid = static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-      const cudaError_t error = launch(kernel, grid, kThreads, 0, stream, table);
-      if (error != cudaSuccess) return error;
-      table.n = 0;
-      tiles = 0;
-    }
-  }
-  return cudaSuccess;
-}
-
 template <class T>
 cudaError_t gather(Dtype dtype, const RowsTensor* tensors, int n, cudaStream_t stream) {
-  return launch_over(gather_rows_kernel<T>, tensors, n, stream, kWarps,
-                [=](const RowsTensor& t) { return t.dtype == dtype; }, matrix_tiles<T>);
+  return launch_over(gather_rows_kernel<T>, tensors, n, stream, kThreads, kWarps, matrix_tiles<T>,
+                     [=](const RowsTensor& t) { return t.dtype == dtype; });
 }
 
 template <class T>
 cudaError_t scatter(Dtype dtype, const RowsTensor* tensors, int n, cudaStream_t stream) {
   const cudaError_t error =
-      launch_over(row_dot_kernel<T>, tensors, n, stream, 1,
-             [=](const RowsTensor& t) { return t.dtype == dtype && t.weight != nullptr; }, dot_tiles);
+      launch_over(row_dot_kernel<T>, tensors, n, stream, kThreads, 1, dot_tiles,
+                  [=](const RowsTensor& t) { return t.dtype == dtype && t.weight != nullptr; });
   if (error != cudaSuccess) return error;
-  return launch_over(scatter_rows_kernel<T>, tensors, n, stream, kWarps,
-                [=](const RowsTensor& t) { return t.dtype == dtype && t.out != nullptr; }, matrix_tiles<T>);
+  return launch_over(scatter_rows_kernel<T>, tensors, n, stream, kThreads, kWarps, matrix_tiles<T>,
+                     [=](const RowsTensor& t) { return t.dtype == dtype && t.out != nullptr; });
 }
 
 }  // namespace
@@ -275,12 +212,20 @@ int scatter_rows(const RowsTensor* tensors, int n, int32_t* slots, int64_t slot_
   if (error == cudaSuccess && slot_count > 0)
     error = cudaMemsetAsync(slots, 0xff, static_cast<size_t>(slot_count) * sizeof(int32_t), s);
   if (error == cudaSuccess)
-    error = launch_over(slot_kernel, tensors, n, s, kWarps, [](const RowsTensor& t) { return t.slot != nullptr; },
-                        kept_tiles);
+    error = launch_over(slot_kernel, tensors, n, s, kThreads, kWarps, kept_tiles,
+                        [](const RowsTensor& t) { return t.slot != nullptr; });
   if (error == cudaSuccess) error = scatter<float>(Dtype::f32, tensors, n, s);
   if (error == cudaSuccess) error = scatter<__nv_bfloat16>(Dtype::bf16, tensors, n, s);
   if (error == cudaSuccess) error = scatter<__half>(Dtype::f16, tensors, n, s);
   if (error == cudaSuccess) error = scatter<double>(Dtype::f64, tensors, n, s);
+  return error;
+}
+
+int kernels_run(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, gather_rows_kernel<float>);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would return it
   return error;
 }
 

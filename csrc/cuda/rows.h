@@ -29,6 +29,9 @@ struct RowsTensor {
 int gather_rows(const RowsTensor* tensors, int n, int device, void* stream);
 int scatter_rows(const RowsTensor* tensors, int n, int32_t* slots, int64_t slot_count, int device, void* stream);
 
+// An error where the GPU, or the driver, has no code for it in these kernels. Makes the device's context.
+int kernels_run(int device);
+
 const char* error_string(int error);
 
 }  // namespace ppnet::cuda

@@ -137,6 +137,10 @@ def bench_operators(
     if out is not None:
         parts.append(f"written to {out}: result.json, result.csv and roofline.png")
     show(value, json, *parts)
+    if found.failed:
+        raise PPNetError(
+            "\n".join([f"{len(found.failed)} cases failed:", *(": ".join(one) for one in found.failed.items())])
+        )
 
 
 def _require_matplotlib() -> None:
@@ -186,13 +190,16 @@ def _table(found: Result) -> Any:
         return "-" if value is None else f"{value:.2f}"
 
     rows = []
+    on_gpu = any(row.timing for row in found.rows)
     for row in found.rows:
-        band = row.seconds[next(iter(row.seconds))]
+        ours = next(iter(row.seconds))
+        band, called = row.seconds[ours], row.eager.get(ours)
         rows.append(
             [
                 row.operator,
                 f"{row.variant}, {row.dtype}",
                 f"{band.median * 1e3:,.3f}",
+                *([f"{called.median * 1e3:,.3f}" if called else "as ms"] if on_gpu else []),
                 f"{row.rate:,.1f}",
                 f"{row.ceiling.median:,.1f} {row.bound}",
                 f"{100 * row.share.median:.0f}",
@@ -201,7 +208,18 @@ def _table(found: Result) -> Any:
                 "-" if row.best is None else f"{times(row.faster[row.best])} {row.best}",
             ]
         )
-    head = ["operator", "case", "ms", "GB/s or GFLOP/s", "of", "% of ideal", "x dense", "x dense+mask", "x best other"]
+    head = [
+        "operator",
+        "case",
+        "ms",
+        *(["ms eager"] if on_gpu else []),
+        "GB/s or GFLOP/s",
+        "of",
+        "% of ideal",
+        "x dense",
+        "x dense+mask",
+        "x best other",
+    ]
     return table("operators", head, rows)
 
 

@@ -4,11 +4,13 @@ from ppnet.ops.decoder_layer import attend_mlp_decode, attend_mlp_decode_ref, qk
 from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_backward_ref, gated_act_ref
 from ppnet.ops.gated_attention import attention_path, gated_attention, gated_attention_ref
 from ppnet.ops.gated_attention_decode import gated_attention_decode, gated_attention_decode_ref
-from ppnet.ops.gated_mlp import gated_mlp, gated_mlp_ref
+from ppnet.ops.gated_mlp import gated_mlp
 from ppnet.ops.gated_mlp_decode import gated_mlp_decode, gated_mlp_decode_ref
+from ppnet.ops.gated_mlp_fused import gated_mlp_fused, gated_mlp_fused_ref
 from ppnet.ops.linear import linear, linear_choice, linear_path, linear_ref, measure_linear
 from ppnet.ops.linear_decode import linear_decode, linear_decode_ref, linear_t_decode, linear_t_decode_ref
 from ppnet.ops.linears_decode import linears_decode, linears_decode_ref
+from ppnet.ops.mlp import gated_mlp_ref
 from ppnet.ops.rms_norm import rms_norm, rms_norm_ref
 from ppnet.ops.rotary import rotary, rotary_ref
 from ppnet.ops.row_norms import row_norms, row_norms_ref
@@ -29,6 +31,8 @@ __all__ = [
     "gated_mlp",
     "gated_mlp_decode",
     "gated_mlp_decode_ref",
+    "gated_mlp_fused",
+    "gated_mlp_fused_ref",
     "gated_mlp_ref",
     "gather_rows",
     "gather_rows_ref",

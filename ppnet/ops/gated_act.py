@@ -54,7 +54,8 @@ def gated_act_backward(
     dh, up, gate: (..., K) of one dtype. dz: (K,) of z's dtype; it is that of z = 1 where z is None.
     dz[k] = Σ_t dh · act · up is summed over blocks of 32 rows and then over the blocks in a fixed tree, whatever the
     number of threads; its terms have a relative error of 2e-4 for bfloat16 inputs. Workspace: ceil(T / 32) · K elements
-    of dz's dtype, T being the rows of K. Not differentiable. relu's slope at NaN is NaN, in torch 1; where it is 0, NaN
+    of dz's dtype, T being the rows of K; on a GPU blocks have 8 rows or more, after shape and alignment.
+    Not differentiable. relu's slope at NaN is NaN, in torch 1; where it is 0, NaN
     and infinity times it are NaN, where torch selects 0.
     """
     return torch.ops.ppnet.gated_act_backward(dh, up, gate, z, act, need_up, need_gate, need_z)

@@ -4,14 +4,17 @@
 
 with g = h // (H / Hkv). Two paths compute it, chosen by `attention_path` from shapes, dtype and processor alone:
 "sdpa" is torch's flash attention for the CPU; "gemm" is two batched matrix products (three more in the backward) with a
-softmax between, a block of queries at a time. `attention_path` says why.
+softmax between, a block of queries at a time. `attention_path` says why. A third one is for NVIDIA GPUs and chosen by
+the caller alone: "fused", one kernel of our own (gated_attention_fused.py).
 """
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from ppnet.ops.gated_attention_fused import fits_fused, fused
 from ppnet.ops.gated_attention_gemm import Rules, attended, empty_by_token, gemm, gemm_backward, wide
 from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 
@@ -36,7 +39,8 @@ def attention_path(query: Tensor, key: Tensor, is_causal: bool = False) -> str:
     oneDNN's products use the processor's bf16 units, and those inside torch's flash attention do not. On 2 cores, 16
     heads of 64 to 128, S of 512 to 1024, it took 62 to 83 % of the time forward, and 60 to 110 % with the backward.
     It rounds scores to bfloat16, as transformers' eager attention does. "sdpa" for everything else: blocks of float32
-    products took up to 1.8 times as long, flash attention itself uses AMX, and other devices choose themselves.
+    products took up to 1.8 times as long, flash attention itself uses AMX, and on GPUs torch's SDPA chooses among its
+    kernels. "fused" is never chosen here: no GPU has measured it yet.
     """
     bf16 = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not bf16 or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
@@ -56,12 +60,16 @@ def gated_attention(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    groups: Tensor | None = None,
+    path: str | None = None,
 ) -> Tensor:
     """Attention of T queries over S keys; differentiable in query, key, value and gate.
 
     query: (B, H, T, Dh); key, value: (B, Hkv, S, Dh), H a multiple of Hkv, one floating dtype, any strides.
     gate: (Hkv,), factors of the groups' outputs. It is folded into value (one more rounding of value where it is not
     0 or 1), so that its gradient, ⟨dvalue, value⟩, is exact at gate = 0 and costs no pass over the output.
+    groups: (G,) int64, the KV heads that are used, in the order of query's heads (H is a multiple of G, gate is (G,));
+    None: all. Their key and value are gathered, but "fused" reads them where they are.
     mask: bool (true: attend) or floating (added to the scores; not differentiated), broadcastable to (B, H, T, S). -inf
     and the lowest finite value of the mask's dtype mean "do not attend"; keys and values that no query of a sequence
     attends to may hold anything, NaN included.
@@ -77,16 +85,30 @@ def gated_attention(
     and its dkey and dvalue in float32, one of them twice. "sdpa", where mask, window or T != S need a bias: the bias,
     and three bools as large; per thread a float32 block of 256 queries by 512 keys and their outputs (2 blocks in the
     backward); in the backward copies of the gradients. A copy of what is not contiguous along Dh.
+    path: None, what attention_path says; or "fused": one kernel on NVIDIA GPUs, for bfloat16 and float16 and Dh a
+    multiple of 8 up to 256 (other dtypes and widths go the way of None; without the kernel plain torch computes the
+    same in float32, all scores at once). It applies the gate to the float32 sums. Workspace: copies of what has rows
+    that are not aligned to 16 bytes; bools of the mask's size for masks that differ between queries or heads (masks of
+    keys alone cost nothing, and what they hide is not read); in the backward 2 floats
+    per query and head, and one per 64 or 128 of them with a gate.
     Under autocast query, key and value are cast to its dtype.
     Errors (RuntimeError) name the argument and its value.
     """
-    _check(query, key, value, gate, mask, window)
+    _check(query, key, value, gate, mask, window, groups)
+    if path not in (None, "fused"):
+        raise RuntimeError(f'gated_attention: path is "{path}"; allowed are "fused" and None')
     device = query.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    if _is_cast(query):
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    scale = _default_scale(query) if scale is None else scale
+    if path == "fused" and fits_fused(query):
+        return fused(query, key, value, gate, groups, mask, is_causal, scale, window or 0)
+    if groups is not None:
+        key, value = key.index_select(1, groups), value.index_select(1, groups)
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
-    scale = _default_scale(query) if scale is None else scale
+    if device == "cuda":
+        return _scaled_dot_product(query, key, value, Rules(mask, is_causal, scale, window or 0))
     return torch.ops.ppnet.gated_attention(query, key, value, mask, is_causal, scale, window or 0)[0]
 
 
@@ -100,8 +122,11 @@ def gated_attention_ref(
     is_causal: bool = False,
     scale: float | None = None,
     window: int | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """gated_attention in plain torch, as transformers' eager attention computes it: products in query's dtype."""
+    if groups is not None:
+        key, value = key.index_select(1, groups), value.index_select(1, groups)
     repeat = query.shape[1] // max(1, key.shape[1])
     if gate is not None:
         value = (value * gate[:, None, None]).to(value.dtype)
@@ -117,14 +142,26 @@ def gated_attention_ref(
     return torch.where(alive, weights, 0).to(query.dtype) @ value
 
 
+def _is_cast(query: Tensor) -> bool:
+    """Whether autocast casts query, and key and value with it."""
+    device = query.device.type
+    return device != "meta" and torch.is_autocast_enabled(device) and query.dtype != torch.float64
+
+
 def _default_scale(query: Tensor) -> float:
     return max(query.shape[-1], 1) ** -0.5
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, mask: Tensor | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    window: int | None,
+    groups: Tensor | None,
 ) -> None:
-    same_device("gated_attention", query=query, key=key, value=value, gate=gate, mask=mask)
+    same_device("gated_attention", query=query, key=key, value=value, gate=gate, mask=mask, groups=groups)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4 or not t.is_floating_point():
             raise RuntimeError(
@@ -133,19 +170,25 @@ def _check(
             )
     (batch, heads, tokens, width), kv_heads, keys = query.shape, key.shape[1], key.shape[2]
     for name, t in (("key", key), ("value", value)):
-        if t.shape != (batch, kv_heads, keys, width) or (
-            t.dtype != query.dtype and not torch.is_autocast_enabled("cpu")
-        ):
+        if t.shape != (batch, kv_heads, keys, width) or (t.dtype != query.dtype and not _is_cast(query)):
             raise RuntimeError(
                 f"gated_attention: {name} has shape {tuple(t.shape)} and dtype {t.dtype}; it must be (B, Hkv, S, Dh) = "
                 f"{(batch, kv_heads, keys, width)} and {query.dtype}, as query {tuple(query.shape)}"
             )
+    if groups is not None:
+        if groups.dim() != 1 or groups.dtype != torch.int64:
+            raise RuntimeError(
+                f"gated_attention: groups has shape {tuple(groups.shape)} and dtype {groups.dtype}; "
+                "it must be (G,) int64"
+            )
+        kv_heads = len(groups)
     if heads % max(1, kv_heads) or (kv_heads == 0 and heads):
-        raise RuntimeError(f"gated_attention: query has {heads} heads, which is no multiple of key's {kv_heads}")
+        what = "key's" if groups is None else "the groups'"
+        raise RuntimeError(f"gated_attention: query has {heads} heads, which is no multiple of {what} {kv_heads}")
     if gate is not None and (gate.shape != (kv_heads,) or not gate.is_floating_point()):
         raise RuntimeError(
-            f"gated_attention: gate has shape {tuple(gate.shape)} and dtype {gate.dtype}; it must be (Hkv,) = "
-            f"({kv_heads},) and floating"
+            f"gated_attention: gate has shape {tuple(gate.shape)} and dtype {gate.dtype}; it must be "
+            f"{'(Hkv,)' if groups is None else '(G,)'} = ({kv_heads},) and floating"
         )
     if window is not None and window < 1:
         raise RuntimeError(f"gated_attention: window is {window}; allowed are positions >= 1, or None")
@@ -190,6 +233,28 @@ def _without_garbage(query: Tensor, key: Tensor, value: Tensor, rules: Rules) ->
         attend = _attend(query, key, replace(rules, mask=mask)) if ruled else attended(mask)
         used = attend.any(2).any(1)[:, None, :, None]
     return torch.where(used, key, 0), torch.where(used, value, 0)
+
+
+# --- torch's own choice, on devices that it has kernels for -----------------------------------------------------------
+
+
+def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+    """torch's SDPA, which differentiates itself: flash attention where no bias is needed."""
+    key, value = _without_garbage(query, key, value, rules)
+    mask, square, alive = rules.mask, query.shape[2] == key.shape[2], None
+    causal = rules.is_causal and square and not rules.window and mask is None
+    bias = None
+    if mask is not None or rules.window or (rules.is_causal and not causal):
+        attend = _attend(query, key, rules)
+        alive = attend.any(-1, keepdim=True)
+        bias = attend | ~alive  # a query that attends to nothing would give NaN: it gets 0 below
+        if mask is not None and mask.dtype != torch.bool:
+            bias = torch.where(attend, mask.to(query.dtype), torch.where(bias, 0, -torch.inf).to(query.dtype))
+    out = scaled_dot_product_attention(
+        query, key, value, bias, 0.0, causal, scale=rules.scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    out = out if alive is None else torch.where(alive, out, 0)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # --- torch's flash attention ------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ define(
     " Tensor? lengths, float scale, int window) -> Tensor"
 )
 
+GPU_WIDTH = 256  # the largest Dh of the CUDA kernels
+
 # The packet torch.ops.ppnet.gated_attention_decode looks its overload up at every call.
 _gated_attention_decode = torch.ops.ppnet.gated_attention_decode.default
 
@@ -48,6 +50,9 @@ def gated_attention_decode(
     Returns (B, H, T, Dh) of query's dtype, laid out as (B, T, H, Dh). Computed in float32, rounded once; independent of
     the number of threads. Working memory, kept for the next call: B · H · T · ceil(S / 512) · (Dh + 2) floats, and per
     thread 72 KB and H / G · T · (Dh + 512) floats; Dh counts as the next multiple of 32.
+    On a GPU Dh is at most 256, wrong groups and lengths stop the kernel with a device-side assertion, and the working
+    memory is a tensor of up to 128 parts of the positions: B · H · T · (Dh + 2) floats each. 16-bit caches whose rows
+    start at 16 bytes are multiplied on tensor cores, with weights of the precision of float32.
     Under autocast a query of another dtype is cast to the cache's. Not differentiable (`gated_attention` is): raises
     RuntimeError where a gradient would be recorded. Errors (RuntimeError) name the argument and its value.
     """

@@ -6,6 +6,9 @@ Composed of gather_rows (the kept rows of all weights in one pass), the library'
 and scatter_rows. For the backward it keeps x, the pre-activations (T, K) and references to its inputs; the gathered
 weights and h are made again. The gates act in gated_act, forward and backward, so that their gradient is a column sum
 over what that pass reads anyway: nothing more is read for it, and no weight is rounded a second time.
+
+That is path="library", the default everywhere. path="fused" computes without a gradient by gated_mlp_fused: on GPUs two
+kernels that read the kept rows where they are.
 """
 
 import math
@@ -14,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ppnet.ops.gated_act import gated_act, gated_act_backward, gated_act_ref
+from ppnet.ops.gated_act import gated_act, gated_act_backward
+from ppnet.ops.gated_mlp_fused import gated_mlp_fused
 from ppnet.ops.library import LIBRARY, define, explain_types, same_device
 from ppnet.ops.linear import linear
+from ppnet.ops.mlp import check_mlp, tokens_of
 from ppnet.ops.rows import _prefers_transpose, gather_rows, scatter_rows
+
+PATHS = ("library", "fused")
 
 _WEIGHTS = (
     "Tensor up, Tensor down, Tensor? gate, Tensor? up_bias, Tensor? gate_bias, Tensor? down_bias, Tensor? idx,"
@@ -46,6 +52,7 @@ def gated_mlp(
     idx: Tensor | None = None,
     z: Tensor | None = None,
     act: str = "silu",
+    path: str = "library",
 ) -> Tensor:
     """y = (z · act(x gate[idx]ᵀ) · (x up[idx]ᵀ)) down[idx] with biases, or act of up without a gate. y: (..., D).
 
@@ -55,74 +62,26 @@ def gated_mlp(
     idx: (K,) int64, the kept neurons, unique; None: all of them, and nothing is copied.
     z: (K,) float32 (float64 for a float64 x), their gates; None: 1. K = 0 gives down_bias.
     act: as for gated_act.
+    path: "library", or "fused" for gated_mlp_fused where no gradient is recorded; where one is, and for what those
+        kernels do not take, it is "library" all the same.
     Differentiable once in all floating inputs. Errors (RuntimeError) name the argument and its value.
     Memory: (T, K) pre-activations, u and g, are kept for the backward. Workspace of the forward: u, g, h and, with an
     idx, the kept rows of the weights; of the backward, while the last weight's gradient is made: h and, with an idx,
     the gradient of one weight's kept rows (before there are gradients of weights: dh, du, dg and one weight's kept
     rows). In both what gated_act and gather_rows take, and oneDNN's products.
     """
-    _check(x, up, down, gate, up_bias, gate_bias, down_bias)
+    if path not in PATHS:
+        raise RuntimeError(f"gated_mlp: path is {path!r}; allowed are {' and '.join(PATHS)}")
+    check_mlp("gated_mlp", x, up, down, gate, up_bias, gate_bias, down_bias)
+    if path == "fused" and not _records_gradient(x, up, down, gate, up_bias, gate_bias, down_bias, z):
+        return gated_mlp_fused(
+            x, up, down, gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias, idx=idx, z=z, act=act
+        )
     return torch.ops.ppnet.gated_mlp(x, up, down, gate, up_bias, gate_bias, down_bias, idx, z, act)[0]
 
 
-def gated_mlp_ref(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None = None,
-    *,
-    up_bias: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    idx: Tensor | None = None,
-    z: Tensor | None = None,
-    act: str = "silu",
-) -> Tensor:
-    """gated_mlp in plain torch."""
-
-    def kept(t: Tensor | None) -> Any:
-        return t if t is None or idx is None else t.index_select(0, idx)
-
-    u = functional.linear(x, kept(up), kept(up_bias))
-    g = None if gate is None else functional.linear(x, kept(gate), kept(gate_bias))
-    return functional.linear(gated_act_ref(u, g, z, act), kept(down).t(), down_bias)
-
-
-def _check(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    up_bias: Tensor | None,
-    gate_bias: Tensor | None,
-    down_bias: Tensor | None,
-) -> None:
-    if x.dim() < 1 or up.dim() != 2 or up.shape[1] != x.shape[-1]:
-        raise RuntimeError(f"gated_mlp: up has shape {tuple(up.shape)}; for x of {tuple(x.shape)} it must be (F, D)")
-    if down.dim() != 2 or down.shape[0] != up.shape[0]:
-        raise RuntimeError(f"gated_mlp: down has shape {tuple(down.shape)}; it must be (F, D) with F = {up.shape[0]}")
-    if gate is not None and gate.shape != up.shape:
-        raise RuntimeError(f"gated_mlp: gate has shape {tuple(gate.shape)}; it must be that of up, {tuple(up.shape)}")
-    if gate is None and gate_bias is not None:
-        raise RuntimeError("gated_mlp: gate_bias is given, but gate is None")
-    for name, bias, size in (
-        ("up_bias", up_bias, up.shape[0]),
-        ("gate_bias", gate_bias, up.shape[0]),
-        ("down_bias", down_bias, down.shape[1]),
-    ):
-        if bias is not None and (bias.dim() != 1 or bias.shape[0] != size):
-            raise RuntimeError(f"gated_mlp: {name} has shape {tuple(bias.shape)}; it must be ({size},)")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        return
-    named = dict(up=up, down=down, gate=gate, up_bias=up_bias, gate_bias=gate_bias, down_bias=down_bias)
-    for name, t in named.items():
-        if t is not None and t.dtype != x.dtype:
-            raise RuntimeError(f"gated_mlp: {name} has dtype {t.dtype}; without autocast it must be x's, {x.dtype}")
-
-
-def _rows(t: Tensor) -> Tensor:
-    """(..., D) as (T, D)."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+def _records_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _kept(tensors: Sequence[Tensor | None], idx: Tensor | None, dtype: torch.dtype) -> list[Any]:
@@ -148,7 +107,7 @@ def _gated_mlp_kernel(
     z: Tensor | None,
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(x)
+    rows = tokens_of(x)
     weights = _kept((up, gate, down, up_bias, gate_bias), idx, x.dtype)
     u = linear(rows, weights[0], weights[3])
     g = None if gate is None else linear(rows, weights[1], weights[4])
@@ -184,7 +143,7 @@ def _gated_mlp_backward_kernel(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     need_x, need_up, need_down, need_gate, need_up_bias, need_gate_bias, need_down_bias, need_z = needs
-    dtype, drows, units = u.dtype, _rows(dy), up.shape[0]
+    dtype, drows, units = u.dtype, tokens_of(dy), up.shape[0]
     grads: dict[str, Tensor] = {}
     need_u, need_g = need_x or need_up or need_up_bias, g is not None and (need_x or need_gate or need_gate_bias)
     # In the order that lets go of what is large first, and one weight at a time: at the end there are the
@@ -201,12 +160,12 @@ def _gated_mlp_backward_kernel(
         if need_up_bias and up_bias is not None:
             grads["up_bias"] = _scattered(du.sum(0, dtype=up_bias.dtype), idx, units)
         if need_up and x is not None:
-            grads["up"] = _scattered(_weight_gradient(du, _rows(x), up), idx, units)
+            grads["up"] = _scattered(_weight_gradient(du, tokens_of(x), up), idx, units)
         del du
         if need_gate_bias and gate_bias is not None:
             grads["gate_bias"] = _scattered(dg.sum(0, dtype=gate_bias.dtype), idx, units)
         if need_gate and x is not None and gate is not None:
-            grads["gate"] = _scattered(_weight_gradient(dg, _rows(x), gate), idx, units)
+            grads["gate"] = _scattered(_weight_gradient(dg, tokens_of(x), gate), idx, units)
         del dg
     if need_down_bias and down_bias is not None:
         grads["down_bias"] = drows.sum(0, dtype=down_bias.dtype)

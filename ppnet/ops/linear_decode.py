@@ -11,11 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppnet.extension import cuda_runs
 from ppnet.ops.library import LIBRARY, define, explain, follow_autocast, refuse_gradient, same_device
 
 # What the decode operators take.
 MOST_TOKENS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the decode operators take tensors where x lies: without kernels a GPU's own products are faster."""
+    return x.is_cpu or (x.is_cuda and cuda_runs(x.device.index))
+
 
 define("linear_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? idx) -> Tensor")
 define("linear_t_decode(Tensor x, Tensor weight, Tensor? bias, Tensor? idx, Tensor? z) -> Tensor")

@@ -38,12 +38,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
 import ppnet.extension as extension
+from ppnet.roofline.timing import Timed
 
 Size = Literal["full", "quick", "tiny"]
 Traffic = Literal["copy", "read", "2:1", "3:2", "1:2"]
@@ -55,6 +56,7 @@ Value = TypeVar("Value")
 OPERATORS: dict[str, Cases] = {}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 DEFAULT_CACHE = 32 << 20  # bytes, where the system does not say
+MOST_ON_GPU = 12288  # copies: 16 KB each exceed three times an L2 of 60 MB
 WINDOW = 0.02  # seconds that one provider, or one sample of a ceiling, gets per round
 
 
@@ -77,17 +79,31 @@ def copies(make: Callable[[], Value], size: float, device: torch.device | str = 
     """As many inputs as exceed three times the last cache, `size` bytes being touched of each; at least 2."""
     if torch.device(device).type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
+        # A graph has no calls to wait for, so that small cases have to leave the cache too.
+        most = min(MOST_ON_GPU, int(torch.cuda.mem_get_info(device)[0] / (8 * max(size, 1))))
     else:
         caches = extension.build_info().get("caches", {})
         cache = max(caches.values(), default=0) if isinstance(caches, dict) else 0
-    # More than 64 would only take memory: cases that small are bound by the call itself.
-    return [make() for _ in range(min(64, max(2, math.ceil(3 * (cache or DEFAULT_CACHE) / max(size, 1)))))]
+        most = 64  # More would only take memory: cases that small are bound by the call itself.
+    return [make() for _ in range(max(2, min(most, math.ceil(3 * (cache or DEFAULT_CACHE) / max(size, 1)))))]
+
+
+class Each(Generic[Value]):
+    """A provider that takes the next of its inputs at every call; its length is their number."""
+
+    def __init__(self, inputs: Sequence[Value], run: Callable[[Value], Any]) -> None:
+        self._inputs, self._run, self._turn = len(inputs), run, itertools.cycle(inputs)
+
+    def __call__(self) -> Any:
+        return self._run(next(self._turn))
+
+    def __len__(self) -> int:
+        return self._inputs
 
 
 def each(inputs: Sequence[Value], run: Callable[[Value], Any]) -> Callable[[], Any]:
-    """A provider that takes the next of `inputs` at every call."""
-    turn = itertools.cycle(inputs)
-    return lambda: run(next(turn))
+    """A provider that takes the next of `inputs` at every call (`Each`)."""
+    return Each(inputs, run)
 
 
 @dataclass(frozen=True)
@@ -142,6 +158,8 @@ class Row:
         rate: ours, in GB/s of `bytes`, or GFLOP/s where "matmul" is the bound.
         share: ideal / ours (1 is the roof), paired by round. best: the fastest baseline. best_share: its share.
         calls: calls per round of ours.
+        timing: on a GPU, provider -> "graph" or "eager" (`ppnet.roofline.timing`). eager: provider -> seconds per call
+            from Python, launches included, where `seconds` is of a graph.
     """
 
     operator: str
@@ -162,6 +180,8 @@ class Row:
     best_share: float | None
     rounds: int
     calls: int
+    timing: dict[str, str] = field(default_factory=dict)
+    eager: dict[str, Band] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -179,6 +199,9 @@ class Ceilings(Protocol):
     def now(self) -> float:
         """Seconds, after all queued work is done."""
 
+    def timed(self, run: Callable[[], Any]) -> Timed:
+        """A provider, warmed up, as it is timed here."""
+
 
 def measure(case: Case, machine: Ceilings, *, seconds: float = 2.0, least: int = 7, most: int = 25) -> Row:
     """Times all providers of a case in turns, and its ceilings in the same rounds.
@@ -190,18 +213,27 @@ def measure(case: Case, machine: Ceilings, *, seconds: float = 2.0, least: int =
     torch.compiler.reset()
     providers = case.setup()
     kinds = _ceilings_of(case, machine)
-    calls = {name: _calls(run, machine) for name, run in providers.items()}
+    timed = {name: machine.timed(run) for name, run in providers.items()}
     times: dict[str, list[float]] = {name: [] for name in providers}
+    eager: dict[str, list[float]] = {name: [] for name in providers}
     samples: dict[str, list[float]] = {kind: [] for kind in kinds}
     started, rounds = machine.now(), 0
     while rounds < least or (rounds < most and machine.now() - started < seconds):
         order = list(providers) if rounds % 2 else list(reversed(providers))
         for name in order:
-            times[name].append(_timed(providers[name], calls[name], machine))
+            times[name].append(timed[name].sample())
+            called = timed[name].eager()
+            if called is not None:
+                eager[name].append(called)
         for kind in kinds:
             samples[kind].append(machine.sample(kind))
         rounds += 1
-    return row_of(case, times, samples, calls[next(iter(providers))])
+    row = row_of(case, times, samples, timed[next(iter(providers))].calls)
+    return replace(
+        row,
+        timing={name: one.how for name, one in timed.items() if one.how != "host"},
+        eager={name: Band.of(values) for name, values in eager.items() if values},
+    )
 
 
 def row_of(case: Case, times: dict[str, list[float]], samples: dict[str, list[float]], calls: int = 1) -> Row:
@@ -250,20 +282,6 @@ def _ceilings_of(case: Case, machine: Ceilings) -> list[str]:
     if not rate or not bandwidth or _ideal(case, matmul, rate) < 0.3 * _ideal(case, case.traffic, bandwidth):
         return [case.traffic]
     return [case.traffic, matmul]
-
-
-def _timed(run: Callable[[], Any], calls: int, machine: Ceilings) -> float:
-    start = machine.now()
-    for _ in range(calls):
-        run()
-    return (machine.now() - start) / calls
-
-
-def _calls(run: Callable[[], Any], machine: Ceilings) -> int:
-    """Calls of one round, after some to warm up."""
-    run()
-    once = min(_timed(run, 1, machine) for _ in range(3))
-    return min(1000, max(1, math.ceil(WINDOW / max(once, 1e-7))))
 
 
 def clock(device: torch.device) -> Callable[[], float]:

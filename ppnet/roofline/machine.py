@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +21,9 @@ import ppnet
 import ppnet.extension as extension
 from ppnet.roofline import case
 from ppnet.roofline.case import DTYPES, MIXES, Band, clock
+from ppnet.roofline.timing import Cuda, GpuTimed, HostTimed, Timed
 
+ROOT = Path(ppnet.__file__).resolve().parents[1]  # of the source tree, where ppnet runs from one
 TUNING = 0.1  # seconds to try each way of doing something
 MATMUL = {"cpu": (512, 2048, 2048), "cuda": (8192, 8192, 8192)}  # M, K, N
 
@@ -43,13 +46,14 @@ class Machine:
     Attributes:
         ceilings: "copy", "read", mixes such as "2:1" (GB/s), "matmul fp32", "matmul bf16" (GFLOP/s) and some for
             information -> Figure.
-        setting: device, processor, isa, threads, versions, caches, pages, load before.
+        setting: device, processor, driver, isa, threads, versions, commit, caches, pages, load before.
     """
 
     def __init__(self, device: torch.device | str = "cpu", *, rounds: int = 7, seconds: float = 0.05) -> None:
         self.device = torch.device(device)
         self._seconds = seconds
         self.now = clock(self.device)
+        self._gpu = Cuda(self.device) if self.device.type == "cuda" else None
         self.setting = setting(self.device)
         samplers, extra = (_cuda_memory if self.device.type == "cuda" else _cpu_memory)(self.device)
         for dtype in (torch.float32, torch.bfloat16):
@@ -71,6 +75,10 @@ class Machine:
         """One short measurement of a ceiling now, in GB/s or GFLOP/s."""
         return self._samplers[kind][0](min(self._seconds, case.WINDOW))
 
+    def timed(self, run: Callable[[], Any]) -> Timed:
+        """A provider, warmed up, as it is timed here."""
+        return HostTimed(run, self.now, case.WINDOW) if self._gpu is None else GpuTimed(run, self._gpu, case.WINDOW)
+
     def known(self, kind: str) -> float | None:
         """The median measured at the start; None for a kind this machine was not measured for."""
         return self.ceilings[kind].value.median if kind in self._samplers else None
@@ -85,6 +93,7 @@ def setting(device: torch.device) -> dict[str, Any]:
     return {
         "device": device.type,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "driver": driver() if device.type == "cuda" else None,
         "cores": os.cpu_count(),
         "isa": extension.isa(),
         "threads": torch.get_num_threads(),
@@ -93,10 +102,39 @@ def setting(device: torch.device) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "ppnet": ppnet.__version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _said(*command: str) -> str | None:
+    """The first line that a program says; None where it is missing or fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return next(iter(done.stdout.splitlines()), "").strip() or None
+    return None
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's driver."""
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The commit of the source tree ppnet runs from, "-dirty" where files differ from it; None where it is installed.
+
+    Without .git it is what build/commit says, which benchmarks/gpu.sh --commit writes.
+    """
+    if (root / ".git").exists():
+        # A pattern that no tag has: the hash alone.
+        found = _said("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        if found:
+            return found
+    with suppress(OSError, UnicodeDecodeError):
+        return (root / "build" / "commit").read_text().strip() or None
+    return None
 
 
 def processor() -> str:

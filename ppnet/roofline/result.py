@@ -17,19 +17,22 @@ from ppnet.errors import PPNetError
 from ppnet.evaluate.progress import Progress
 from ppnet.roofline.case import OPERATORS, Band, Case, Row, Size, measure
 from ppnet.roofline.machine import Machine
+from ppnet.roofline.timing import off_the_default_stream
 
 SCHEMA = "ppnet bench operators 1"
 SECONDS = {"full": 3.0, "quick": 1.0, "tiny": 0.0}  # of measuring per case
-MACHINE_KEYS = ("device", "processor", "threads", "isa", "pages", "torch")
+MACHINE_KEYS = ("device", "processor", "driver", "threads", "isa", "pages", "torch")
 
 
 @dataclass(frozen=True)
 class Result:
-    """`machine`: setting and ceilings (`Machine.to_dict`); `size`: "full" or "quick"; `rows`: one per case."""
+    """`machine`: setting and ceilings (`Machine.to_dict`); `size`: "full" or "quick"; `rows`: one per case;
+    `failed`: case -> error, on a GPU."""
 
     machine: dict[str, Any]
     size: str
     rows: list[Row] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -42,17 +45,20 @@ class Result:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         head = ["operator", "variant", "dtype", "shape", "keep", "bytes", "flops", "provider", "seconds", "p20", "p80"]
-        where = ["device", "processor", "isa", "threads", "torch", "ppnet"]
-        writer.writerow([*head, "ours x faster", "share of ideal", "bound", "ceiling", *where])
+        where = ["device", "processor", "driver", "isa", "threads", "torch", "ppnet", "commit"]
+        timing = ["timing", "eager seconds"]
+        writer.writerow([*head, "ours x faster", "share of ideal", "bound", "ceiling", *timing, *where])
         for row in self.rows:
             shape = " ".join(f"{name}={value}" for name, value in row.shape.items())
             for provider, band in row.seconds.items():
                 faster = row.faster.get(provider, 1.0)
                 share = row.share.median if provider not in row.faster else row.ideal / band.median
+                eager = row.eager.get(provider)
                 writer.writerow(
                     [row.operator, row.variant, row.dtype, shape, row.keep, int(row.bytes), int(row.flops), provider]
                     + [f"{value:.6g}" for value in (band.median, band.p20, band.p80, faster, share)]
-                    + [row.bound, f"{row.ceiling.median:.6g}", *(self.machine[key] for key in where)]
+                    + [row.bound, f"{row.ceiling.median:.6g}", row.timing.get(provider, "host")]
+                    + ["" if eager is None else f"{eager.median:.6g}", *(self.machine.get(key) for key in where)]
                 )
         return out.getvalue()
 
@@ -76,14 +82,16 @@ class Result:
         if schema != SCHEMA:
             raise PPNetError(f"compare: {path} has the schema {schema!r}, needed is {SCHEMA!r}; {what}.")
         try:
-            return cls(dict(found["machine"]), str(found["size"]), [_row(row) for row in found["rows"]])
+            rows = [_row(row) for row in found["rows"]]
+            return cls(dict(found["machine"]), str(found["size"]), rows, dict(found.get("failed", {})))
         except (KeyError, TypeError, ValueError) as error:
             raise PPNetError(f"compare: {path} is damaged ({type(error).__name__}: {error}); {what}.") from error
 
 
 def _row(found: dict[str, Any]) -> Row:
     bands = {name: Band(**found[name]) for name in ("ceiling", "share")}
-    return Row(**{**found, **bands, "seconds": {name: Band(**band) for name, band in found["seconds"].items()}})
+    times = {key: {name: Band(**band) for name, band in found.get(key, {}).items()} for key in ("seconds", "eager")}
+    return Row(**{**found, **bands, **times})
 
 
 def chosen(operators: Sequence[str] | None, size: Size, device: torch.device) -> list[Case]:
@@ -110,22 +118,34 @@ def run(
     """Measures the machine, then every case of the named operators (None: all), each beside its baselines.
 
     `keep` is called after every case with all that is measured so far, so that a run that is stopped loses nothing.
+    On a GPU, whose minutes are few, a case that fails is noted and the others go on.
 
     Raises:
         PPNetError: an operator is not known.
     """
     device = torch.device(device)
     cases = chosen(operators, size, device)
-    rows = []
-    with Progress(len(cases) + 1, "operators, cases") as report, torch.no_grad():
-        machine = Machine(device, rounds=7 if size == "full" else 3)
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    whole = size == "full"
+    with (
+        Progress(len(cases) + 1, "operators, cases") as report,
+        torch.no_grad(),
+        off_the_default_stream(device),
+    ):
+        machine = Machine(device, rounds=7 if whole else 3)
         report.advance()
         for case in cases:
-            rows.append(measure(case, machine, seconds=SECONDS[size], least=7 if size == "full" else 5))
+            try:
+                rows.append(measure(case, machine, seconds=SECONDS[size], least=7 if whole else 5))
+            except Exception as error:
+                if device.type != "cuda":
+                    raise
+                failed[f"{case.operator}: {case.label}"] = f"{type(error).__name__}: {error}"[:500]
             report.advance()
             if keep is not None:
-                keep(Result(machine.to_dict(), size, rows))
-    return Result(machine.to_dict(), size, rows)
+                keep(Result(machine.to_dict(), size, rows, failed))
+    return Result(machine.to_dict(), size, rows, failed)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ def kernels(request):
             yield request.param
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=[*EMULATED, pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+def device(request):
+    """Where tensors go for the CUDA kernels alone: the CPU, emulated under one seed; or a GPU."""
+    if request.param == "cuda":
+        yield "cuda"
+    else:
+        with emulated.emulated(request.param):
+            yield "cpu"
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()

@@ -196,6 +196,24 @@ def gated_mlp(inputs):
     )
 
 
+def gated_mlp_fused(inputs):
+    """On the CPU the library's; what fits the kernels of GPUs is drawn, and emulated in test_gated_mlp_fused.py."""
+    dtype, f, d = inputs.pick(FLOATING[1:3]), inputs.size(), inputs.size()
+    arguments = {"x": inputs.floating((*leading(inputs), d), dtype)}
+    arguments |= mlp_arguments(inputs, dtype, f, d, ROW_LAYOUTS, False)
+    return Case(
+        "gated_mlp_fused",
+        ops.gated_mlp_fused,
+        ops.gated_mlp_fused_ref,
+        arguments,
+        magnitude=mlp_size,
+        underflows=True,
+        operators=("gated_mlp", "gated_act", "gather_rows"),
+        rounds_between=True,
+        indices={"idx": [f]},
+    )
+
+
 def gated_mlp_decode(inputs):
     dtype, f, d = inputs.pick(HALF_OR_FLOAT), inputs.size(), inputs.size()
     arguments = {"x": inputs.floating((inputs.size(8), d), dtype)}
@@ -304,8 +322,8 @@ def linear_t_decode(inputs):
 
 
 OPERATORS = (
-    gather_rows, scatter_rows, row_norms, row_norms_backward, gated_act, gated_act_backward, gated_mlp, linear,
-    linear_decode, linears_decode, linear_t_decode, rms_norm, rotary, gated_mlp_decode, gated_attention_decode,
+    gather_rows, scatter_rows, row_norms, row_norms_backward, gated_act, gated_act_backward, gated_mlp, gated_mlp_fused,
+    linear, linear_decode, linears_decode, linear_t_decode, rms_norm, rotary, gated_mlp_decode, gated_attention_decode,
     gated_attention, gated_attention_backward, qkv_decode, attend_mlp_decode,
 )  # fmt: skip
 

@@ -46,6 +46,7 @@ CALLS: dict[str, dict[str, Any]] = {
     ),
     "gated_mlp": MLP,
     "gated_mlp_decode": MLP,
+    "gated_mlp_fused": MLP,
     "gather_rows": dict(src=[zeros(6, 8)] * 2, **LISTS),
     "linear": dict(x=zeros(2, 8), weight=zeros(6, 8), bias=zeros(6)),
     "linear_decode": dict(x=zeros(2, 8), weight=zeros(6, 8), bias=zeros(6), idx=IDX),

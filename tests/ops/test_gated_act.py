@@ -1,5 +1,6 @@
 """gated_act and its backward: against float64 and torch's own error, layouts, kinks, determinism, tracing, errors."""
 
+import emulated
 import pytest
 import torch
 from torch.nn import functional
@@ -64,7 +65,7 @@ def assert_no_worse(result, torchs, exact, dtype, scale=0.0):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from switching oneDNN off
-def test_infinities_and_nan(act, dtype, isa):
+def test_infinities_and_nan(act, dtype, kernels):
     """As torch has them; its oneDNN kernel of gelu gives NaN for infinity."""
     at_minus = 0.0 if act.startswith("relu") else torch.nan
     special = {torch.inf: torch.inf, -torch.inf: at_minus, torch.nan: torch.nan}
@@ -74,14 +75,14 @@ def test_infinities_and_nan(act, dtype, isa):
         torch.testing.assert_close(torch_act(x, act), expected, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(gated_act(x, act=act), expected, rtol=0, atol=0, equal_nan=True)
     gated = gated_act(torch.full_like(x, 2.0), x, act=act)
-    if isa != "torch":
+    if kernels != "torch":
         torch.testing.assert_close(gated, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("rows, k", [(1, 1), (3, 7), (70, 172), (5, 2100)])
-def test_against_float64(rows, k, act, dtype, isa):
+def test_against_float64(rows, k, act, dtype, kernels):
     for gated in (True, False):
         for scaled in (True, False):
             up, gate, z = inputs(rows, k, dtype, gated, scaled)
@@ -108,7 +109,7 @@ def test_against_float64(rows, k, act, dtype, isa):
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
-def test_every_bf16_number(act, isa):
+def test_every_bf16_number(act, kernels):
     """Short polynomials and tables: in both tails, too, their error is at most that of the rounding. Elsewhere the
     slope passes 0."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -136,7 +137,7 @@ def test_reference_is_what_torch_computes(act):
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_float64(act, isa):
+def test_float64(act, kernels):
     up, gate, z = wide(*inputs(40, 37, torch.float32))
     dh = torch.randn(40, 37).double()
     torch.testing.assert_close(gated_act(up, gate, z, act), composed(up, gate, z, act), rtol=1e-13, atol=1e-13)
@@ -146,7 +147,7 @@ def test_float64(act, isa):
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_tails(act, isa):
+def test_tails(act, kernels):
     """Every float32 magnitude: the error within ranges of the input, where torch's own erf cancels."""
     for low, high in ((-90, -13), (-13, -5), (-5, -3), (-3, -1), (-1, -0.1), (-0.1, 0.1), (0.1, 1), (1, 5), (5, 90)):
         x = torch.linspace(low, high, 20001)
@@ -160,7 +161,7 @@ def test_tails(act, isa):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values_and_kinks(act, dtype, isa):
+def test_special_values_and_kinks(act, dtype, kernels):
     x = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e4, -3e4, float("inf"), float("nan"), -float("inf")]).to(dtype)
     x = x.repeat(5)  # beyond one vector
     h, ref = gated_act(x, act=act), torch_act(x.float(), act).to(dtype)
@@ -175,7 +176,7 @@ def test_special_values_and_kinks(act, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(dtype, isa):
+def test_layouts(dtype, kernels):
     """Halves of one GEMM output, more leading axes, broadcast and transposed tensors: the result is that of a copy."""
     both = torch.randn(6, 5, 2 * 83).to(dtype)
     views = [
@@ -203,7 +204,7 @@ def test_layouts(dtype, isa):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (2, 0, 3), (0,)])
-def test_empty(shape, isa):
+def test_empty(shape, kernels):
     up = torch.randn(shape)
     z = torch.randn(shape[-1])
     assert gated_act(up, up, z).shape == shape
@@ -226,6 +227,62 @@ def test_only_what_is_needed_is_computed():
     frozen = gated_act(up, gate, z.requires_grad_())
     frozen.backward(dh)
     assert torch.equal(z.grad, whole[2]) and up.grad is None
+
+
+@emulated.needs_emulator
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("rows, k", [(700, 9), (131, 40), (40, 4100), (2100, 1)])
+def test_emulated_sums_over_many_rows(rows, k, dtype):
+    """Narrow and wide blocks, several blocks of rows; the same in every order of the threads and on views."""
+    both = (torch.randn(rows, 2 * k) * 2).to(dtype)
+    up, gate, dh = both[:, :k], both[:, k:], torch.randn(rows, k).to(dtype)
+    z = torch.randn(k, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = gated_act_backward_ref(dh.double(), up.double(), gate.double(), z.double(), "gelu")
+    results = []
+    for seed in emulated.SEEDS:
+        with emulated.emulated(seed):
+            results.append(gated_act_backward(dh, up, gate, z, "gelu"))
+            only = gated_act_backward(dh, up, gate, z, "gelu", False, False, True)
+            assert torch.equal(only[2], results[-1][2]) and only[0].numel() == only[1].numel() == 0
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+    dup, dgate, dz = results[0]
+    size = (dh.double() * z.double() * up.double()).abs().max()  # the slope passes 0
+    floor = (2.0**-17 if dtype.itemsize == 2 else 64 * EPS[dtype]) * max(size, 1)
+    for ours, right in ((dup, exact[0]), (dgate, exact[1])):
+        assert ((ours.double() - right).abs() <= 0.55 * torch.finfo(dtype).eps * right.abs() + floor).all()
+    terms = (dh.double() * gated_act_ref(up.double(), gate.double(), None, "gelu")).abs().sum(0)
+    assert ((dz.double() - exact[2]).abs() <= (2.0**-16 if dtype.itemsize == 2 else 16 * EPS[dz.dtype]) * terms).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("rows, k", [(1, 1), (70, 172), (5, 2100), (3000, 4104), (9000, 7)])
+def test_gpu(rows, k, act, dtype):
+    """Against float64; on a GPU the short exponentials and divisions are what the emulator cannot show."""
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    for gated in (True, False):
+        up, gate, z = (None if t is None else t.cuda() for t in inputs(rows, k, dtype, gated))
+        dh, z = torch.randn(rows, k, device="cuda").to(dtype), z.to(sums)
+        exact = gated_act_ref(*wide(up, gate, z), act)
+        floor = 2.0**-17 if dtype.itemsize == 2 else 64 * EPS[dtype]  # of the largest product: slopes pass 0
+
+        def close(ours, right, size):
+            assert ((ours.double() - right).abs() <= 0.55 * torch.finfo(dtype).eps * right.abs() + floor * size).all()  # noqa: B023
+
+        close(gated_act(up, gate, z, act), exact, exact.abs().max())
+        results = gated_act_backward(dh, up, gate, z, act)
+        expected = gated_act_backward_ref(dh.double(), *wide(up, gate, z), act)
+        for ours, right in zip(results[:2], expected[:2], strict=True):
+            if ours.numel():
+                close(ours, right, max(1, (dh.double() * z * up * (1 if gate is None else 10)).abs().max()))
+        terms = (dh.double() * gated_act_ref(*wide(up, gate, None), act)).abs().sum(0)
+        bound = 2e-4 if dtype.itemsize == 2 else 64 * EPS[sums]
+        assert ((results[2].double() - expected[2]).abs() <= bound * terms + floor).all()
+        again = gated_act_backward(dh, up, gate, z, act)
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
 
 
 @pytest.mark.parametrize("rows", [31, 64, 1000])

@@ -1,5 +1,6 @@
 """gated_attention_decode: against float64, masks, groups, strides, garbage behind masks, tracing, errors."""
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,9 +83,120 @@ def test_against_float64(shape, dtype, isa):
             check(query, key, value, mask=mask, gate=gate, **extra)
 
 
+# Heads of 64, 128 and 256 dims and what lies between; several tiles of query rows; rows that start at no 16 bytes;
+# more positions than one block takes.
+EMULATED_SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 3, 7, 172),
+    (1, 8, 2, 1, 40, 64),
+    (1, 6, 1, 3, 33, 80),
+    (2, 2, 1, 1, 330, 128),
+    (1, 2, 2, 2, 19, 256),
+    (1, 2, 1, 1, 70, 7),
+    (1, 3, 1, 1, 90, 40),
+]
+
+
+@emulated.needs_emulator
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", emulated.SEEDS)
+@pytest.mark.parametrize("shape", EMULATED_SHAPES)
+def test_emulated_against_float64(shape, seed, dtype):
+    batch, heads, kv_heads, tokens, keys, _ = shape
+    query, key, value = cache(*shape, dtype)
+    lengths = torch.arange(batch) * (keys // 3) % (keys + 1)
+    gate = torch.linspace(-1, 1.5, kv_heads)
+    with emulated.emulated(seed):
+        for mask in masks(batch, heads, tokens, keys, dtype).values():
+            check(query, key, value, mask=mask, gate=gate)
+            check(query, key, value, mask=mask, gate=gate, lengths=lengths, window=3, scale=0.3)
+
+
+@emulated.needs_emulator
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 96, 176])
+def test_emulated_reads_misaligned_caches(width, dtype):
+    """Rows that start at no 16 bytes go another way; the results do not depend on the order of threads."""
+    query, key, value = cache(2, 4, 2, 2, 21, width, dtype)
+    shifted = []
+    for t in (key, value):
+        big = torch.full((2, 2, 23, width + 5), torch.nan, dtype=dtype)
+        big[:, :, 1:22, 3 : width + 3] = t
+        shifted.append(big[:, :, 1:22, 3 : width + 3])
+    with emulated.emulated():
+        check(query, key, value)
+        expected = check(query, *shifted)
+    for seed in emulated.SEEDS[1:]:
+        with emulated.emulated(seed):
+            assert torch.equal(gated_attention_decode(query, *shifted), expected)
+
+
+@emulated.needs_emulator
+@pytest.mark.parametrize("seed", emulated.SEEDS)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(groups=torch.tensor([0, 2])), "groups out of range"),
+        (dict(groups=torch.tensor([-1, 0])), "groups out of range"),
+        (dict(lengths=torch.tensor([10])), "lengths out of range"),
+        (dict(lengths=torch.tensor([-1])), "lengths out of range"),
+    ],
+)
+def test_emulated_indices_out_of_range(change, message, seed):
+    query, key, value = cache(1, 4, 2, 1, 9, 8, torch.bfloat16)
+    with (
+        emulated.emulated(seed),
+        pytest.raises(RuntimeError, match=f"decode_tensor_kernel.*assertion failed: .*{message}"),
+    ):
+        gated_attention_decode(query, key, value, **change)
+
+
+@emulated.needs_emulator
+def test_emulated_refuses_wide_heads():
+    query, key, value = cache(1, 1, 1, 1, 2, 257, torch.float32)
+    with (
+        emulated.emulated(),
+        pytest.raises(RuntimeError, match="query has a head dim of 257; on a GPU allowed are up to 256"),
+    ):
+        gated_attention_decode(query, key, value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *EMULATED_SHAPES, (4, 32, 8, 1, 5000, 128), (1, 64, 8, 1, 9000, 256)])
+def test_gpu(shape, dtype):
+    batch, heads, kv_heads, tokens, keys, _ = shape
+    query, key, value = (t.cuda() for t in cache(*shape, dtype))
+    lengths = torch.arange(batch, device="cuda") * (keys // 3) % (keys + 1)
+    gate = torch.linspace(-1, 1.5, kv_heads, device="cuda")
+    for mask in masks(batch, heads, tokens, keys, dtype).values():
+        mask = None if mask is None else mask.cuda()
+        for extra in ({}, {"lengths": lengths}, {"window": 100}, {"lengths": lengths, "window": 3, "scale": 0.3}):
+            out = check(query, key, value, mask=mask, gate=gate, **extra)
+            assert torch.equal(gated_attention_decode(query, key, value, mask=mask, gate=gate, **extra), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_under_a_graph():
+    """Shapes and pointers fixed, lengths and the cache free."""
+    query, key, value = (t.cuda() for t in cache(2, 8, 4, 1, 3000, 128, torch.bfloat16))
+    lengths = torch.tensor([100, 3000], device="cuda")
+    groups = torch.tensor([3, 1], device="cuda")
+    gated_attention_decode(query[:, :4], key, value, groups=groups, lengths=lengths)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gated_attention_decode(query[:, :4], key, value, groups=groups, lengths=lengths)
+    lengths.copy_(torch.tensor([2999, 7], device="cuda"))
+    key.mul_(0.5)
+    graph.replay()
+    assert torch.equal(out, gated_attention_decode(query[:, :4], key, value, groups=groups, lengths=lengths))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [[], [2], [4, 0, 3], [0, 1, 2, 3, 4]])
-def test_groups(groups, dtype, isa):
+def test_groups(groups, dtype, kernels):
     query, key, value = cache(2, 3 * len(groups), 5, 2, 172, 64, dtype)
     out = check(query, key, value, groups=torch.tensor(groups, dtype=torch.int64), gate=torch.rand(len(groups)))
     assert out.transpose(1, 2).is_contiguous()
@@ -99,7 +211,7 @@ def test_equals_sdpa(dtype):
     )
 
 
-def test_strided_caches(isa):
+def test_strided_caches(kernels):
     query, key, value = cache(2, 8, 4, 2, 300, 64, torch.bfloat16)
     expected = gated_attention_decode(query, key, value)
     by_position = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value)]
@@ -114,21 +226,24 @@ def test_strided_caches(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_garbage_behind_the_mask(dtype, isa):
+def test_garbage_behind_the_mask(dtype, kernels):
     """A preallocated cache holds anything beyond its length; so does padding."""
-    query, key, value = cache(2, 6, 2, 3, 700, 64, dtype)
-    lengths = torch.tensor([300, 650])
-    keep = (torch.arange(700) < lengths[:, None]) & (torch.arange(700) >= 40)
+    size = 330 if kernels == "cuda" else 700
+    query, key, value = cache(2, 6, 2, 3, size, 64, dtype)
+    lengths = torch.tensor([170, size - 50])
+    keep = (torch.arange(size) < lengths[:, None]) & (torch.arange(size) >= 40)
     expected = gated_attention_decode(query, key, value, mask=keep[:, None, None])
     by_length = gated_attention_decode(query, key, value, lengths=lengths)
     for garbage in (torch.nan, torch.inf, -torch.inf):
         k, v = (torch.where(keep[:, None, :, None], t, garbage) for t in (key, value))
         assert torch.equal(gated_attention_decode(query, k, v, mask=keep[:, None, None]), expected)
-        k, v = (torch.where((torch.arange(700) < lengths[:, None])[:, None, :, None], t, garbage) for t in (key, value))
+        k, v = (
+            torch.where((torch.arange(size) < lengths[:, None])[:, None, :, None], t, garbage) for t in (key, value)
+        )
         assert torch.equal(gated_attention_decode(query, k, v, lengths=lengths), by_length)
 
 
-def test_value_masked_for_some_queries_only(isa):
+def test_value_masked_for_some_queries_only(kernels):
     """The last new token attends to its own NaN; the tokens before it must not see it."""
     query, key, value = cache(1, 4, 2, 4, 301, 64, torch.float32)
     expected = gated_attention_decode(query, key, value)
@@ -137,7 +252,7 @@ def test_value_masked_for_some_queries_only(isa):
     assert torch.equal(out[:, :, :3], expected[:, :, :3]) and out[:, :, 3].isnan().all()
 
 
-def test_nan_that_is_attended_to_is_kept(isa):
+def test_nan_that_is_attended_to_is_kept(kernels):
     query, key, value = cache(1, 2, 2, 1, 40, 32, torch.float32)
     key[0, 0, 5, 3] = torch.nan
     out = gated_attention_decode(query, key, value)
@@ -147,7 +262,7 @@ def test_nan_that_is_attended_to_is_kept(isa):
     assert gated_attention_decode(query, key, value, mask=only)[0, 0].isnan().all()
 
 
-def test_nothing_to_attend_to_gives_zero(isa):
+def test_nothing_to_attend_to_gives_zero(kernels):
     query, key, value = cache(2, 2, 2, 2, 300, 16, torch.bfloat16)
     mask = torch.ones(2, 1, 1, 300, dtype=torch.bool)
     mask[1] = False

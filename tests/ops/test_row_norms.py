@@ -1,12 +1,13 @@
 """row_norms: norms and gradients against float64, determinism, tracing, errors."""
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppnet.extension as extension
-from ppnet.ops.row_norms import row_norms, row_norms_ref
+from ppnet.ops.row_norms import row_norms, row_norms_backward_ref, row_norms_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 compiled = pytest.mark.skipif(not extension.available(), reason="needs the compiled extension")
@@ -47,7 +48,7 @@ def assert_as_exact_as(ours, torchs, exact, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (300, 517), (5, 0), (0, 5)])
-def test_norms_and_gradients_against_float64(f, d, dtype, isa):
+def test_norms_and_gradients_against_float64(f, d, dtype, kernels):
     weight, dim = matrices(f, d, dtype)
     scale = scales(weight, d, dtype)
     results = []
@@ -73,7 +74,67 @@ def test_norms_and_gradients_against_float64(f, d, dtype, isa):
             assert_as_exact_as(ds[i], ds_torch[i], ds_exact[i], (scale[i] * terms.sum(dim[i])).abs().double())
 
 
-def test_zero_rows_have_zero_gradients(isa):
+@emulated.needs_emulator
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_launches_many_tensors(dtype):
+    """45 weights are more than one launch takes, and their results are those of one by one, in any order of threads."""
+    weight, dim = matrices(40, 264, dtype)
+    weight.append(torch.randn(700, 3).to(dtype))  # narrow: all threads of a block take rows
+    dim.append(1)
+    scale = [torch.randn(w.shape[1 - d], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+             if w.dim() == 2 and i % 2 else None for i, (w, d) in enumerate(zip(weight, dim, strict=True))]  # fmt: skip
+    count = 5 * len(weight)
+    norms = row_norms_ref(weight, scale, dim)
+    grad = [torch.randn_like(n) for n in norms]
+    empty = [torch.empty(0, dtype=n.dtype) if s is None else s for n, s in zip(norms, scale, strict=True)]
+    right = row_norms_backward_ref(
+        *([t.double() for t in list_] for list_ in (grad, norms, weight)),
+        [None if s is None else s.double() for s in scale],
+        dim,
+    )
+    backward = torch.ops.ppnet.row_norms_backward
+    expected = None
+    for seed in emulated.SEEDS:
+        with emulated.emulated(seed):
+            ours = row_norms(weight * 5, scale * 5, dim * 5)
+            dw, ds = backward(grad * 5, norms * 5, weight * 5, empty * 5, dim * 5, True, True)
+            dw_alone = backward(grad, norms, weight, empty, dim, True, False)[0]
+            ds_alone = backward(grad, norms, weight, empty, dim, False, True)[1]
+            assert all(torch.equal(a, b) for a, b in zip(dw_alone, dw, strict=False))
+            assert all(torch.equal(a, b) for a, b in zip(ds_alone, ds, strict=False))
+        results = [*ours, *dw, *ds]
+        expected = results if expected is None else expected
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    for i in range(count):
+        j = i % len(weight)
+        torch.testing.assert_close(ours[i], norms[j], rtol=1e-5, atol=0)
+        assert dw[i].stride() == dw[j].stride()
+        torch.testing.assert_close(dw[i].double(), right[0][j], rtol=torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(ds[i].double(), right[1][j], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("f, d", [(1, 1), (7, 172), (172, 7), (300, 517), (2048, 4100), (5, 0), (0, 5)])
+def test_gpu(f, d, dtype):
+    weight, dim = matrices(f, d, dtype)
+    scale = [None if s is None else s.cuda() for s in scales(weight, d, dtype)]
+    results = []
+    for run, cast in ((row_norms, dtype), (row_norms_ref, torch.float64)):
+        leaves = [w.cuda().to(cast).requires_grad_() for w in weight]
+        wide = torch.float64 if cast == torch.float64 else torch.float32
+        factors = [None if s is None else s.detach().to(wide).requires_grad_() for s in scale]
+        norms = run(leaves, factors, dim)
+        torch.autograd.backward(norms, [torch.ones_like(n) for n in norms])
+        results.append([norms, [w.grad for w in leaves], [s.grad for s in factors if s is not None]])
+    for ours, right in zip(*results, strict=True):
+        for a, b in zip(ours, right, strict=True):
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a.double(), b.double(), rtol=max(4 * eps, 1e-12), atol=1e-5)
+
+
+def test_zero_rows_have_zero_gradients(kernels):
     weight = torch.randn(9, 70)
     weight[[0, 4, 8]] = 0
     for w, dim in ((weight, 0), (weight.t().contiguous(), 1), (weight[:, 3].contiguous(), 0)):
@@ -86,7 +147,7 @@ def test_zero_rows_have_zero_gradients(isa):
         assert leaf.grad.isfinite().all() and (scale is None or scale.grad.isfinite().all())
 
 
-def test_a_vector_gives_absolute_values(isa):
+def test_a_vector_gives_absolute_values(kernels):
     w = torch.tensor([0.0, -0.0, 1e-38, -3e38, float("inf"), -2.5, float("nan")])
     (norm,) = row_norms([w], [None], [0])
     assert torch.equal(norm[:-1], w[:-1].abs()) and norm[-1].isnan()
@@ -94,7 +155,7 @@ def test_a_vector_gives_absolute_values(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_stay_in_their_unit(dtype, isa):
+def test_nan_and_infinity_stay_in_their_unit(dtype, kernels):
     weight = torch.randn(6, 100).to(dtype)
     weight[1, 7], weight[4, 99] = float("nan"), float("inf")
     for w, dim in ((weight, 0), (weight.t().contiguous(), 1)):

@@ -39,10 +39,13 @@ def _providers(
             out = attention(query, key, value, is_causal=causal)
             return [out.detach(), *torch.autograd.grad(out, (query, key, value), dout)]
 
-    return {
+    providers = {
         "ppnet": each(inputs, lambda one: run(gated_attention, one)),
         "SDPA": each(inputs, lambda one: run(scaled_dot_product_attention, one)),
     }
+    if device.type == "cuda" and dtype != torch.float32:
+        providers["ppnet, fused"] = each(inputs, lambda one: run(partial(gated_attention, path="fused"), one))
+    return providers
 
 
 @operator("gated_attention")

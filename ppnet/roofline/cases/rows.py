@@ -42,10 +42,15 @@ def gather(size: Size, device: torch.device) -> Iterator[Case]:
 
         def exact(make=make, idx=idx, dim=dim, moved=moved) -> Providers:
             weights = copies(make, moved, device)
-            return {
+            providers: Providers = {
                 "ppnet": each(weights, lambda w: gather_rows([w], [idx], [None], [dim])[0]),
                 "index_select": each(weights, lambda w: w.index_select(dim, idx)),
             }
+            if device.type == "cuda" or size == "tiny":  # on a processor it is index by index
+                full = make().shape
+                index = idx[:, None].expand(-1, full[1]) if dim == 0 else idx.expand(full[0], -1)
+                providers["torch.gather"] = each(weights, lambda w: torch.gather(w, dim, index))
+            return providers
 
         def scaled(make=make, idx=idx, scale=scale, dim=dim, moved=moved) -> Providers:
             weights = copies(make, moved, device)
