@@ -83,7 +83,9 @@ def test_every_phase_and_going_on_after_a_kill(tmp_path):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
-def test_wrong_inputs(tmp_path):
+def test_wrong_inputs(task, tmp_path, monkeypatch, capsys):
+    import quality_grpo
+
     (tmp_path / "prompts").mkdir()
     for split, line in (("train", '{"prompt": "1,2:9,3"}'), ("test", '{"prompt": "1,2:8,3"}')):
         (tmp_path / "prompts" / f"digit_completion_{split}.jsonl").write_text(line + "\n")
@@ -100,5 +102,8 @@ def test_wrong_inputs(tmp_path):
     }
     for arguments, message in wrong.items():
         out = () if "--out" in arguments else ("--out", tmp_path / "out")
-        done = run("--quick", *arguments, *out)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        monkeypatch.setattr(sys, "argv", ["quality_grpo.py", "--quick", *map(str, (*arguments, *out))])
+        with pytest.raises(SystemExit, match="2"):
+            quality_grpo.main()
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "settings.json").exists()
