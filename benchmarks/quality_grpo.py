@@ -4,8 +4,9 @@ Run: python benchmarks/quality_grpo.py --seeds 3 (trl: pip install 'ppnet[rl]'; 
 seed, a Llama of 0.3 M parameters learns digit completion by SFT until half of its answers to held-out prompts are
 right, then by GRPO, and movement is collected in both phases. The result is cut to fractions of its gated parameters by
 several scores, with and without redistribution. The two best methods and random are then healed by the dense model's
-answers (KL), and by GRPO with the dense model as the reference of its KL term. Rewards are of greedy completions of the
-test prompts, KL is from the dense model after GRPO.
+answers (KL), and by GRPO with the dense model as the reference of its KL term. Scores, redistribution and KL see the
+dense model's own completions of the training prompts, no right answers. Rewards are of greedy completions of the test
+prompts, KL is from the dense model after GRPO.
 
 Every finished phase and row is kept in --out: the same command goes on where it was killed. The result is
 quality_grpo.json there; of a whole run it is copied to benchmarks/results/ by hand.
@@ -168,7 +169,6 @@ class Run:
         self.prompts, self.test = prompts, test
         self.tokenizer = character_tokenizer()
         self.rows = self.read("rows.json") or []
-        self.supervised = sequences(self.tokenizer, prompts, map(answer, prompts))
 
     def read(self, name):
         path = self.folder / name
@@ -215,7 +215,7 @@ class Run:
         )
         movement.scores().save(self.folder / place / "sft.safetensors")
         ppnet.save(model.eval(), self.folder / place / "sft", self.tokenizer)
-        self.add(start, model, model, self.supervised, seed=seed, phase="sft")
+        self.add(start, model, model, self.answered(model, self.test), seed=seed, phase="sft")
 
     def grpo(self, seed):
         place = self.folder / f"seed{seed}"
@@ -230,27 +230,32 @@ class Run:
         trainer.train()
         trainer.reward_scores().save(place / "grpo.safetensors")
         ppnet.save(model.eval(), place / "grpo", self.tokenizer)
-        self.add(start, model, model, self.supervised, seed=seed, phase="grpo")
+        self.add(start, model, model, self.answered(model, self.test), seed=seed, phase="grpo")
+
+    def answered(self, model, prompts):
+        """Prompts with the model's own greedy completions, right or wrong."""
+        return sequences(self.tokenizer, prompts, completions_of(model, self.tokenizer, prompts))
 
     def dense(self, seed):
-        """The model after GRPO, and its own completions of the test prompts, which KL is measured on."""
+        """The model after GRPO; what it says to the training prompts, which is all that scores, redistribution and
+        distillation see; and to the test prompts, which KL is measured on."""
         model = ppnet.load(self.folder / f"seed{seed}" / "grpo")
-        return model, sequences(self.tokenizer, self.test, completions_of(model, self.tokenizer, self.test))
+        return model, self.answered(model, self.prompts), self.answered(model, self.test)
 
-    def scores(self, dense, method, seed):
+    def scores(self, dense, data, method, seed):
         given = {}
         if method == "mama":
             place = self.folder / f"seed{seed}"
             given = {name: ppnet.Scores.load(place / f"{phase}.safetensors")
                      for name, phase in (("sft", "sft"), ("reward", "grpo"))}  # fmt: skip
-        return ppnet.score(dense, self.supervised, method=method, seed=seed, progress=False, **given)
+        return ppnet.score(dense, data, method=method, seed=seed, progress=False, **given)
 
-    def small(self, dense, scores, size, redistribute):
+    def small(self, dense, data, scores, size, redistribute):
         plan = ppnet.plan(dense, size, of="gated", scores=scores)
-        return ppnet.compact(dense, plan, redistribute=self.supervised if redistribute else None)
+        return ppnet.compact(dense, plan, redistribute=data if redistribute else None)
 
     def table(self, seed):
-        dense, own = self.dense(seed)
+        dense, data, own = self.dense(seed)
         for method in METHODS:
             scores = None
             for size in self.recipe.sizes:
@@ -259,11 +264,11 @@ class Run:
                     if self.done(**key):
                         continue
                     start = time.perf_counter()
-                    scores = scores or self.scores(dense, method, seed)
-                    self.add(start, self.small(dense, scores, size, redistribute), dense, own, **key)
+                    scores = scores or self.scores(dense, data, method, seed)
+                    self.add(start, self.small(dense, data, scores, size, redistribute), dense, own, **key)
 
     def healed(self, methods, seed):
-        dense, own = self.dense(seed)
+        dense, data, own = self.dense(seed)
         recipe, size = self.recipe, self.recipe.heal_size
         for method in methods:
             for how in ("KL", "GRPO"):
@@ -271,11 +276,11 @@ class Run:
                 if self.done(**key):
                     continue
                 start = time.perf_counter()
-                small = self.small(dense, self.scores(dense, method, seed), size, True)
+                small = self.small(dense, data, self.scores(dense, data, method, seed), size, True)
                 if how == "KL":
                     ppnet.heal(
-                        small, dense, self.supervised, steps=recipe.heal_steps, learning_rate=recipe.heal_rate,
-                        batch_size=64,
+                        small, dense, data, steps=recipe.heal_steps, learning_rate=recipe.heal_rate, batch_size=64,
+                        weight=1.0,
                         arguments={"seed": seed, "disable_tqdm": True, "logging_steps": recipe.heal_steps},
                     )  # fmt: skip
                 else:
