@@ -7,12 +7,13 @@ namespace ppnet::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 6;  // up to 85 registers: without a bound, ptxas for sm_89 chose 63 and spilled
 constexpr int64_t kMostBlocks = 1 << 20;
 
 __host__ __device__ inline int64_t pieces(int64_t width, int64_t vector) { return (width / 2 + vector - 1) / vector; }
 
 template <class E>
-__global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant__ Rotary job, bool aligned) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) rotary_kernel(const __grid_constant__ Rotary job, bool aligned) {
   constexpr int kV = kVector<E>;
   const int64_t half = job.width / 2, each = pieces(job.width, kV), heads = job.query.heads + job.key.heads;
   const int64_t all = job.batch * job.tokens * heads * each;
