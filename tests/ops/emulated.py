@@ -28,9 +28,9 @@ def _load() -> ctypes.CDLL | None:
 library = _load()
 needs_emulator = pytest.mark.skipif(library is None, reason="ppnet/_emulated.so was not built (PPNET_EMULATOR=ON)")
 sanitized = library is not None and bool(library.ppnet_emulator_sanitized())
-# 0: threads take turns; the others run ahead of each other in orders of their own. AddressSanitizer looks at addresses,
-# which do not depend on it, and takes several times as long.
-SEEDS = [1] if sanitized else [0, 1, 2]
+ORDERS = (0, 1, 2)  # 0: threads take turns; the others run ahead of each other in orders of their own
+# AddressSanitizer looks at addresses, which do not depend on the order, and takes several times as long.
+SEEDS = [1] if sanitized else list(ORDERS)
 
 
 def operators() -> list[str]:

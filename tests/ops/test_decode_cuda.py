@@ -187,7 +187,7 @@ def test_rotary(batch, heads, groups, tokens, width, device):
 def test_results_do_not_depend_on_the_order_of_threads():
     x, arguments = torch.randn(2, 172), mlp(70, 172, torch.float32, "cpu", bias=True)
     results = []
-    for seed in emulated.SEEDS:
+    for seed in emulated.ORDERS:
         with emulated.emulated(seed):
             results.append(
                 [

@@ -126,7 +126,7 @@ def test_emulated_reads_misaligned_caches(width, dtype):
     with emulated.emulated():
         check(query, key, value)
         expected = check(query, *shifted)
-    for seed in emulated.SEEDS[1:]:
+    for seed in emulated.ORDERS[1:]:
         with emulated.emulated(seed):
             assert torch.equal(gated_attention_decode(query, *shifted), expected)
 

@@ -94,7 +94,7 @@ def test_emulated_launches_many_tensors(dtype):
     )
     backward = torch.ops.ppnet.row_norms_backward
     expected = None
-    for seed in emulated.SEEDS:
+    for seed in emulated.ORDERS:
         with emulated.emulated(seed):
             ours = row_norms(weight * 5, scale * 5, dim * 5)
             dw, ds = backward(grad * 5, norms * 5, weight * 5, empty * 5, dim * 5, True, True)
