@@ -6,12 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
-from tiny_folders import write_folders
+from tiny_folders import run_command, write_folders
 
-from ppnet.cli import main
 from ppnet.plan import Plan
 
 
@@ -22,19 +22,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def ppnet(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    """`run_command` with what it prints captured."""
+    return partial(run_command, capsys)
 
 
 @pytest.fixture

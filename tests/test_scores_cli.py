@@ -7,9 +7,9 @@ import json
 import pytest
 from helpers import tiny
 from scoring import TEXT, words
+from tiny_folders import run_command as run
 
 import ppnet
-from ppnet.cli import main
 from ppnet.plan import Plan
 
 
@@ -20,17 +20,6 @@ def folder(tmp_path):
     words().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
-
-
-def run(capsys, *arguments):
-    capsys.readouterr()
-    code = 0
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_score_then_resize_then_compact(capsys, folder):

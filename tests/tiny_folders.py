@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppnet.checkpoint import save
+from ppnet.cli import main
 from ppnet.gates import PuppetConfig
 from ppnet.wrap import wrap
 
@@ -55,3 +56,15 @@ def write_folders(root: Path) -> dict[str, Path]:
     save(puppet(), found["puppet"], tokenizer())
     found["text"].write_text(TEXT * 20, encoding="utf-8")
     return found
+
+
+def run_command(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+    capsys.readouterr()
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
