@@ -18,9 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ppnet.checks import integer, renamed
 from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of
-from ppnet.evaluate.tokens import adds_bos, looks_like_a_path
+from ppnet.evaluate.tokens import IGNORED, adds_bos, looks_like_a_path
 
-IGNORED = -100
 MAX_TOKENS = 2**16
 DEFAULT_LENGTH = 512
 # Blocks are drawn from the first so many times `max_tokens` tokens of the text, so that endless streams end.

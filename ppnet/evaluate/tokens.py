@@ -13,6 +13,7 @@ from torch import Tensor
 from ppnet.errors import DataError
 
 Bos = Literal["auto", "document", "window", "none"]
+IGNORED = -100  # the label of tokens that no loss counts, as torch and transformers have it
 BOS_CHOICES: tuple[Bos, ...] = ("auto", "document", "window", "none")
 Data = str | os.PathLike | Tensor | Sequence
 

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppnet.calibration import IGNORED, Batch
+from ppnet.calibration import Batch
 from ppnet.errors import DataError, PPNetError
 from ppnet.evaluate.model_state import device_of, vocabulary_of
 from ppnet.evaluate.perplexity import MAX_LOGITS
 from ppnet.evaluate.progress import Progress
+from ppnet.evaluate.tokens import IGNORED
 from ppnet.modes import evaluation_mode
 from ppnet.scores.probe import Probe, input_norms, undisturbed
 from ppnet.scores.registry import ACTIVATIONS, FISHER, GRADIENTS, REWARDS, Needs

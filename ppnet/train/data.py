@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of
+from ppnet.evaluate.tokens import IGNORED
 
-IGNORED = -100
 _DOCUMENTS_PER_BATCH = 256
 _SHOWN = 40
 

@@ -16,8 +16,9 @@ from transformers import Trainer
 
 from ppnet.checks import renamed
 from ppnet.errors import CheckpointError, TrainingError
+from ppnet.evaluate.tokens import IGNORED
 from ppnet.modes import evaluating
-from ppnet.train.objective import DIRECTIONS, IGNORED, distillation_loss, hidden_loss
+from ppnet.train.objective import DIRECTIONS, distillation_loss, hidden_loss
 from ppnet.train.trainer import PuppetTrainerMixin, aligned_targets
 
 _OF_THE_TASK = ("labels", "shift_labels", "output_hidden_states")

@@ -21,10 +21,10 @@ from transformers import TrainerCallback, TrainingArguments
 from ppnet.checks import integer, number
 from ppnet.errors import PPNetError
 from ppnet.evaluate.model_state import context_of
+from ppnet.evaluate.tokens import IGNORED
 from ppnet.modes import flags_kept
 from ppnet.train.distill import Distillation, DistillationTrainer
 from ppnet.train.lora import merge_lora, with_lora
-from ppnet.train.objective import IGNORED
 from ppnet.train.trainer import WARMUP, default_arguments
 
 PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}

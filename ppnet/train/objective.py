@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import PPNetError
+from ppnet.evaluate.tokens import IGNORED
 
-IGNORED = -100
 _ROWS_PER_CHUNK = 1024
 _NORM = re.compile(r"norm|(?:^|\.)ln_", re.IGNORECASE)
 
