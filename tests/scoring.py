@@ -18,7 +18,7 @@ WORDS = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *"abcdefghij"
 TEXT = " ".join("abcdefghij"[(i * i + i // 7) % 10] for i in range(300))
 IDS = token_ids(batch=4, length=12)
 REWARDED = {"input_ids": IDS, "rewards": [1.0, 0.0, 0.5, 0.25], "groups": [0, 0, 1, 1]}
-DATA_METHODS = ("activation", "bias", "kl", "mama", "movement", "reward", "taylor")
+DATA_METHODS = ("activation", "bias", "kl", "mama", "movement", "obs", "reward", "taylor")
 METHODS = (*DATA_METHODS, "magnitude")
 
 

@@ -176,7 +176,7 @@ def scaled(model):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_rescaling_inputs_against_outputs_changes_nothing(model_type):
-    only = {"weights": {"magnitude": 1.0, "bias": 0, "sft": 0, "kl": 0}}
+    only = {"weights": {"obs": 0, "magnitude": 1.0, "bias": 0, "sft": 0, "kl": 0}}
     methods = {"norms": ("magnitude", {}), "paths": ("magnitude", {"form": "paths"}), "mama": ("mama", only)}
     if model_type != "gpt2":  # its neurons are not linear in their input weights: that model computes something else
         methods |= {method: (method, options_of(method)) for method in DATA_METHODS}
@@ -262,6 +262,97 @@ def test_activation_and_bias_by_hand():
             assert made["activation"][site.name][unit] == pytest.approx(float(power), rel=1e-9)
             assert made["centred"][site.name][unit] == pytest.approx(float(spread), rel=1e-6)
             assert made["bias"][site.name][unit] == pytest.approx(float((a.mean(0) @ w).norm()), rel=1e-9)
+
+
+def entering(model, site, ids):
+    """The features that enter a consumer, (N, F), and the gradients of the NLL there."""
+    seen = []
+    consumer = model.get_submodule(site.consumer.name)
+    handle = consumer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.requires_grad_(True)
+    loss = -likelihoods(model, ids).sum()
+    handle.remove()
+    (dx,) = torch.autograd.grad(loss, seen[0])
+    return seen[0].detach().flatten(0, 1), dx.flatten(0, 1)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_obs_is_what_least_squares_of_the_other_units_leaves(model_type):
+    model, ids = double(model_type), token_ids(batch=32, length=16)
+    # A unit that another one says, and one that is never there.
+    structure = structure_of(model)
+    neurons = next(site for site in structure.sites if site.kind == "neuron")
+    with torch.no_grad():
+        for leaf in neurons.producers:
+            module = leaf_module(model, leaf)
+            rows = module.weight if leaf.weight_dim == 0 else module.weight.T
+            rows[1] = rows[0]
+            rows[2] = 0
+            if module.bias is not None:
+                module.bias[1], module.bias[2] = module.bias[0], 0
+    made = score(model, ids, "obs", weighting="output", ridge=1e-9, max_tokens=None)
+    assert made[neurons.name][:3].max() < 1e-6 * made[neurons.name][3:].min()
+    for site in structure.sites:
+        consumer = leaf_module(model, site.consumer)
+        a, _ = entering(model, site, ids)
+        a = a - a.mean(0) if consumer.bias is not None else a
+        weight = consumer.weight.detach()
+        weight = weight.T if site.consumer.weight_dim == 1 else weight  # (in, out)
+        for unit in range(3 if site is neurons else 0, site.units):
+            own = site.consumer.index[unit]
+            rest = torch.ones(a.shape[1], dtype=torch.bool)
+            rest[own] = False
+            left = a[:, own] - a[:, rest] @ torch.linalg.pinv(a[:, rest]) @ a[:, own]
+            exact = 0.5 * (left @ weight[own]).square().sum() / len(a)
+            assert made[site.name][unit] == pytest.approx(float(exact), rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_obs_weighted_by_the_gradients_of_a_given_loss(model_type):
+    model, ids = double(model_type), token_ids(batch=32, length=16)
+    made = score(model, ids, "obs", ridge=0.5, loss=lambda output, batch: -_sequence(output, batch), max_tokens=None)
+    for site in structure_of(model).sites:
+        a, dx = entering(model, site, ids)
+        a = a - a.mean(0) if leaf_module(model, site.consumer).bias is not None else a
+        gram = a.T @ a / len(a)
+        inverse = torch.linalg.inv(gram + 0.5 * gram.diagonal().diag())
+        for unit in range(site.units):
+            own = site.consumer.index[unit]
+            block = torch.linalg.inv(inverse[own][:, own])
+            exact = 0.5 * (dx[:, own] @ block * dx[:, own]).sum() / len(ids)  # a given loss counts by sequence
+            assert made[site.name][unit] == pytest.approx(float(exact), rel=1e-8)
+
+
+def _sequence(output, batch):
+    log_p = torch.log_softmax(output.logits[:, :-1], dim=-1)
+    return log_p.gather(2, batch["input_ids"][:, 1:, None]).sum((1, 2))
+
+
+def test_obs_with_drawn_labels_needs_no_labels_of_its_own():
+    """In expectation over the draws it is that of all labels, each with its probability."""
+    model = double("qwen2", num_hidden_layers=1, vocab_size=24)
+    structure, ids = structure_of(model), token_ids(1, 4, vocabulary=24)
+    made = score(model, ids.repeat(4000, 1), "obs", batch_size=1000, max_tokens=None, ridge=0.1)
+    for site in structure.sites:
+        seen = []
+        handle = model.get_submodule(site.consumer.name).register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0])
+        )
+        log_p = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1], dim=-1)
+        handle.remove()
+        index = site.consumer.index
+        exact = torch.zeros(site.units, index.shape[1], index.shape[1], dtype=torch.float64)
+        # Labels of different positions are drawn independently, and their scores have mean zero.
+        for position in range(3):
+            for y in range(24):
+                (dx,) = torch.autograd.grad(log_p[position, y], seen[0], retain_graph=True)
+                units = dx[0][:, index]
+                exact += log_p[position, y].exp().detach() * torch.einsum("nur,nus->urs", units, units) / 3
+        a = seen[0].detach().flatten(0, 1)
+        gram = a.T @ a / len(a)
+        inverse = torch.linalg.inv(gram + 0.1 * gram.diagonal().diag())
+        left = torch.stack([torch.linalg.inv(inverse[own][:, own]) for own in index])
+        torch.testing.assert_close(made[site.name], 0.5 * (exact * left).sum((1, 2)), rtol=0.12, atol=1e-12)
 
 
 def test_every_scorer_is_tested_here():

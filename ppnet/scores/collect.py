@@ -18,9 +18,18 @@ from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.tokens import IGNORED
 from ppnet.modes import evaluation_mode
 from ppnet.scores.probe import Probe, input_norms, undisturbed
-from ppnet.scores.registry import ACTIVATIONS, FISHER, GRADIENTS, REWARDS, Needs
+from ppnet.scores.registry import ACTIVATIONS, CURVATURE, FISHER, GRADIENTS, GRAM, REWARDS, Needs
 from ppnet.scores.rewards import Ratings, RewardGradients, ratings
-from ppnet.scores.statistics import Activations, Affine, GateGradients, SiteStatistics, SiteWeights, gate_gradients
+from ppnet.scores.statistics import (
+    Activations,
+    Affine,
+    Curvature,
+    GateGradients,
+    Gram,
+    SiteStatistics,
+    SiteWeights,
+    gate_gradients,
+)
 from ppnet.units import Site, Structure
 from ppnet.wrap import engine_of, is_wrapped
 
@@ -92,6 +101,8 @@ class Collector:
         self.generator = torch.Generator().manual_seed(seed)
         norms = NormFinder(model, structure)
         self.sites = [SiteStatistics(site, SiteWeights(model, site, norms), seed=seed) for site in structure.sites]
+        # Curvature is that of the model's own predictions, or of the loss that was given.
+        self._curves = None if CURVATURE not in needs else FISHER if loss is None else GRADIENTS
         self._mask: Tensor | None = None
         self._watched: set[int] = set()
         self._target = GRADIENTS
@@ -106,12 +117,12 @@ class Collector:
         device = device_of(self.model)
         rated = self._ratings(batches, threshold)
         self._prepare()
-        backward = bool(self.needs - {ACTIVATIONS})
+        backward = bool(self.needs - {ACTIVATIONS, GRAM})
         probe = Probe(
             self.model,
             self.structure.sites,
             sink=self._sink if backward else None,
-            watch=self._watch if ACTIVATIONS in self.needs else None,
+            watch=self._watch if self.needs & {ACTIVATIONS, GRAM} else None,
         )
         report = Progress(sum(batch["input_ids"].numel() for batch in batches), "scoring, tokens")
         try:
@@ -139,6 +150,10 @@ class Collector:
             self._index.append(site.site.consumer.index.to(where))
             if ACTIVATIONS in self.needs:
                 site.collected[ACTIVATIONS] = Activations(site.site, where)
+            if GRAM in self.needs:
+                site.collected[GRAM] = Gram()
+            if CURVATURE in self.needs:
+                site.collected[CURVATURE] = Curvature(site.site, where)
             for name in self.needs & {GRADIENTS, FISHER}:
                 site.collected[name] = GateGradients(site.site, where)
             if REWARDS in self.needs:
@@ -190,8 +205,8 @@ class Collector:
                 f"data: the loss of a sequence is NaN or infinite ({losses.detach().tolist()[:4]}); the model's "
                 "weights are damaged, or its dtype overflows: try float32."
             )
-        fisher = FISHER in self.needs
-        if self.needs & {GRADIENTS, REWARDS}:
+        fisher = FISHER in self.needs or self._curves == FISHER
+        if self.needs & {GRADIENTS, REWARDS} or self._curves == GRADIENTS:
             self._backward(GRADIENTS, losses, retain=fisher)
         if fisher:
             drawn = self._drawn(outputs.logits, labels)
@@ -238,13 +253,19 @@ class Collector:
         if number not in self._watched:
             self._watched.add(number)
             mask = self._mask if self._mask is not None and x.shape[:2] == self._mask.shape else None
-            self.sites[number].activations.add(x, mask)
+            for name in self.needs & {ACTIVATIONS, GRAM}:
+                self.sites[number].collected[name].add(x, mask)
 
     @torch.no_grad()
     def _sink(self, number: int, x: Tensor, dx: Tensor) -> None:
         site = self.sites[number]
+        if self._target == self._curves:
+            site.collected[CURVATURE].add(self._index[number], dx)
+        fisher = self._target == FISHER
+        if not self.needs & ({FISHER} if fisher else {GRADIENTS, REWARDS}):
+            return
         gradients, by_token = gate_gradients(self._index[number], x, dx)
-        if self._target == FISHER:
+        if fisher:
             site.fisher.add(gradients, by_token)
             return
         if GRADIENTS in self.needs:

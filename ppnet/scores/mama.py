@@ -18,14 +18,23 @@ from ppnet.scores.bias import bias
 from ppnet.scores.combine import combined
 from ppnet.scores.kl import kl
 from ppnet.scores.magnitude import magnitude
-from ppnet.scores.registry import ACTIVATIONS, FISHER, GRADIENTS, REWARDS, Needs, scorer
+from ppnet.scores.obs import obs
+from ppnet.scores.registry import ACTIVATIONS, CURVATURE, FISHER, GRADIENTS, GRAM, REWARDS, Needs, scorer
 from ppnet.scores.reward import reward
 from ppnet.scores.statistics import SiteStatistics
 from ppnet.scores.taylor import taylor
 
-WEIGHTS = {"magnitude": 0.1, "bias": 0.1, "sft": 1.0, "reward": 1.0, "kl": 0.5}
-_NEEDS = {"magnitude": None, "bias": ACTIVATIONS, "sft": GRADIENTS, "reward": REWARDS, "kl": FISHER}
+WEIGHTS = {"obs": 1.0, "magnitude": 0.1, "bias": 0.1, "sft": 1.0, "reward": 1.0, "kl": 0.5}
+_NEEDS = {
+    "obs": frozenset({GRAM, CURVATURE}),
+    "magnitude": frozenset(),
+    "bias": frozenset({ACTIVATIONS}),
+    "sft": frozenset({GRADIENTS}),
+    "reward": frozenset({REWARDS}),
+    "kl": frozenset({FISHER}),
+}
 _INDICATORS: dict[str, Callable[[SiteStatistics], Tensor]] = {
+    "obs": obs,
     "magnitude": lambda site: magnitude(site, form="paths"),
     "bias": bias,
     "sft": taylor,
@@ -55,8 +64,7 @@ def _weights(options: Mapping[str, Any]) -> dict[str, float]:
 def _needed(options: Mapping[str, Any]) -> Needs:
     weights = _weights(options)
     given = {name for name in _GIVEN if options.get(name) is not None}
-    asked = {_NEEDS[name] for name, weight in weights.items() if weight and name not in given}
-    return frozenset(need for need in asked if need is not None)
+    return frozenset().union(*(_NEEDS[name] for name, weight in weights.items() if weight and name not in given))
 
 
 @scorer("mama", across=True, needed=_needed, scores=_GIVEN)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # What a scorer can ask for, beside the weights, which are always there. Only what is asked for is collected.
 ACTIVATIONS, GRADIENTS, FISHER, REWARDS = "activations", "gradients", "fisher", "rewards"
-COLLECTED = (ACTIVATIONS, GRADIENTS, FISHER, REWARDS)
+GRAM, CURVATURE = "gram", "curvature"
+COLLECTED = (ACTIVATIONS, GRAM, GRADIENTS, FISHER, CURVATURE, REWARDS)
 
 Needs = frozenset[str]
 
@@ -71,7 +72,7 @@ def scorer(
     """Registers a scorer under `name`; its keyword-only arguments are its options.
 
     Args:
-        needs: what must be collected from data: `ACTIVATIONS`, `GRADIENTS`, `FISHER`, `REWARDS`.
+        needs: what must be collected from data, of `COLLECTED`.
         across: the function sees all sites at once.
         needed: options -> needs, where these depend on the options.
         scores: the options that hold scores; a file's name is then read.

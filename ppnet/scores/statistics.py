@@ -44,6 +44,9 @@ class SiteWeights:
         leaf = self._site.consumer
         return self._features(leaf)[leaf.index.to(self._weight(leaf).device)]
 
+    def output_has_bias(self) -> bool:
+        return leaf_module(self._model, self._site.consumer).bias is not None
+
     def roles(self) -> tuple[str, ...]:
         """What the producers are: of ``gate``, ``up``, or ``q``, ``k``, ``v``; a fused q|k|v counts as three."""
         return tuple(role for leaf in self._site.producers for role in self._parts(leaf))
@@ -119,6 +122,33 @@ class Activations:
         return (total / max(self.tokens, 1))[self._index.to(total.device)]
 
 
+class Gram:
+    """Products of the features that enter the consumer with each other, over tokens that are not padding.
+
+    Held: (F, F) numbers of the model's precision, at least float32, on the consumer's device.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sum: Any = 0.0
+        self._products: Any = 0.0
+
+    def add(self, x: Tensor, mask: Tensor | None) -> None:
+        """x: (B, T, F); mask: (B, T), True where a token counts."""
+        rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+        self.tokens += len(rows)
+        for part in rows.split(4096):
+            part = part.to(wide(part.dtype))
+            self._sum = self._sum + part.sum(0)
+            self._products = self._products + part.T @ part
+
+    def mean(self, centred: bool = False) -> Tensor:
+        """E[a a^T], or around the mean: (F, F) float64 (float32 where the device has nothing wider)."""
+        dtype = torch.float32 if self._products.device.type == "mps" else torch.float64
+        products, mean = self._products.to(dtype) / self.tokens, self._sum.to(dtype) / self.tokens
+        return products - torch.outer(mean, mean) if centred else products
+
+
 class GateGradients:
     """Sums over sequences of the gate gradients s_{u,b} of a loss that is itself a sum over tokens. All (U,), float64.
 
@@ -143,6 +173,20 @@ class GateGradients:
         if by_token is not None:
             self.by_token += by_token.to(self.signed).sum(0)
         self.sequences += len(gradients)
+
+
+class Curvature:
+    """Products of the gradients at the features of one unit with each other, summed over positions."""
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        units, width = site.consumer.index.shape
+        self.sum = accumulator(units * width * width, device).view(units, width, width)
+
+    def add(self, index: Tensor, dx: Tensor) -> None:
+        """index: (U, r); dx: (B, T, F)."""
+        for part in dx.reshape(-1, dx.shape[-1]).split(4096):
+            units = part.to(wide(part.dtype))[:, index]
+            self.sum += torch.einsum("nur,nus->urs", units, units).to(self.sum)
 
 
 def gate_gradients(index: Tensor, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,6 +240,16 @@ class SiteStatistics:
     def fisher(self) -> GateGradients:
         """Of the NLL of tokens drawn from the model's own predictions."""
         return self._of("fisher", GateGradients)
+
+    @property
+    def gram(self) -> Gram:
+        return self._of("gram", Gram)
+
+    @property
+    def curvature(self) -> Tensor:
+        """sum over tokens of dx_u dx_u^T, the gradients at a unit's features, by unit: (U, r, r). The loss is that of
+        `fisher`, or the one that was given."""
+        return self._of("curvature", Curvature).sum
 
     @property
     def rewards(self) -> RewardGradients:

@@ -1,0 +1,200 @@
+"""The table of scores: every way to choose units x redistribution x healing, on trained models, by calibration seed.
+
+Rows are of four sections. "gated": the shares 25, 50 and 75 % of the gated parameters (heads and neurons alike) are
+removed, by every scorer. "masks": as many single weights become zero (Wanda, SparseGPT); nothing gets smaller.
+"neurons": the shares of the MLPs' parameters alone, which is what other libraries can remove. "gates": a short gate
+training, with a score as the importance inside the gates and with the default importance, then cut to the sizes.
+Healing has the same tokens for everybody; "gates" rows have seen their gate training besides.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+
+import masks
+import peers
+from store import Rows
+from subjects import SUBJECTS, train
+
+import ppnet
+from ppnet.cost import cost_model
+from ppnet.families import structure_of
+from ppnet.scores import score_methods
+from ppnet.train import PuppetTrainer
+
+REMOVED = (0.25, 0.5, 0.75)
+# row -> (method, options of the scorer, options of plan)
+METHODS = {
+    "random": ("random", {}, {}),
+    "magnitude": ("magnitude", {}, {}),
+    "magnitude paths": ("magnitude", {"form": "paths"}, {}),
+    "activation": ("activation", {}, {}),
+    "bias": ("bias", {}, {}),
+    "taylor": ("taylor", {}, {}),
+    "movement": ("movement", {}, {}),
+    "kl": ("kl", {}, {}),
+    "mama": ("mama", {}, {}),
+    "mama product": ("mama", {"form": "product"}, {}),
+    "mama global": ("mama", {}, {"allocation": "global"}),
+}
+PEERS = {
+    "Torch-Pruning magnitude": (peers.torch_pruning_mlp, "magnitude"),
+    "Torch-Pruning taylor": (peers.torch_pruning_mlp, "taylor"),
+    "optipfair MAW": (peers.optipfair_mlp, "MAW"),
+    "optipfair VOW": (peers.optipfair_mlp, "VOW"),
+    "optipfair PON": (peers.optipfair_mlp, "PON"),
+    "optipfair MAW data": (peers.optipfair_mlp, "MAW data"),
+}
+# Those of METHODS that are compared with other libraries, on neurons alone.
+NEURON_METHODS = ("random", "magnitude", "activation", "taylor", "mama")
+
+
+class Study:
+    """One subject; rows that are in the file already are not made again."""
+
+    def __init__(self, subject, rows):
+        self.subject, self.rows = subject, rows
+        self.structure = structure_of(subject.model)
+
+    def run(self, seeds, sections):
+        self.row({"section": "dense"}, lambda: self.subject.model)
+        for seed in range(seeds):
+            data = self.subject.calibration(seed)
+            for section in sections:
+                getattr(self, section)(seed, data)
+
+    def row(self, key, make):
+        """Measures what `make` returns, unless that was done."""
+        if self.rows.done(**key):
+            return
+        start = time.perf_counter()
+        model = make()
+        self.rows.add(start, key, value=self.subject.measure(model), params=model.num_parameters())
+
+    def healed(self, key, make):
+        """A row before and one after healing, of one model."""
+        made = None
+
+        def once():
+            nonlocal made
+            made = made if made is not None else make()
+            return made
+
+        self.row({**key, "healed": False}, once)
+        self.row({**key, "healed": True}, lambda: self.subject.heal(once(), key["seed"]))
+
+    # ---- sections ----------------------------------------------------------------------------------------------------
+
+    def scores(self, seed, data, names):
+        """Scores of all methods from one pass, made when the first is asked for."""
+        made = {}
+
+        def of(name):
+            if not made:
+                wanted = {row: (*METHODS[row][:2],) for row in names}
+                made.update(score_methods(
+                    self.subject.model, data, wanted, seed=seed, loss=self.subject.loss, max_tokens=None, progress=False
+                ))  # fmt: skip
+            return made[name]
+
+        return of
+
+    def cut(self, key, data, plan):
+        for redistributed in (False, True):
+            self.healed(
+                {**key, "redistributed": redistributed},
+                lambda on=redistributed: ppnet.compact(
+                    self.subject.model, plan(), redistribute=data if on else None, check=False
+                ),
+            )
+
+    def gated(self, seed, data):
+        names = [name for name in METHODS if name not in self.subject.without]
+        scores = self.scores(seed, data, names)
+        for name in names:
+            for removed in REMOVED:
+                key = {"section": "gated", "method": name, "removed": removed, "seed": seed}
+                self.cut(key, data, lambda name=name, removed=removed: ppnet.plan(
+                    self.subject.model, 1 - removed, of="gated", scores=scores(name), **METHODS[name][2]
+                ))  # fmt: skip
+
+    def masks(self, seed, data):
+        for name in masks.MASKS:
+            for removed in REMOVED:
+                self.row(
+                    {"section": "masks", "method": name, "removed": removed, "seed": seed},
+                    lambda name=name, removed=removed: masks.masked(self.subject.model, data, name, removed),
+                )
+
+    def neurons(self, seed, data):
+        if not self.subject.language_model:
+            return
+        model, scores = self.subject.model, self.scores(seed, data, NEURON_METHODS)
+        costs = cost_model(model, self.structure)
+        heads = [site.units if site.kind == "kv_group" else 0 for site in self.structure.sites]
+        attention = (costs.total(heads).params - costs.total([0] * len(heads)).params) / (
+            costs.dense.params - costs.total([0] * len(heads)).params
+        )
+        for removed in REMOVED:
+            key = {"section": "neurons", "removed": removed, "seed": seed}
+            for name in NEURON_METHODS:
+                self.cut({**key, "method": name}, data, lambda name=name, removed=removed: ppnet.plan(
+                    model, attention + (1 - removed) * (1 - attention), of="gated", scores=scores(name),
+                    floor={"kv_group": 1.0, "neuron": 0.0},
+                ))  # fmt: skip
+            for name, (peer, option) in PEERS.items():
+                self.healed(
+                    {**key, "method": name, "redistributed": False},
+                    lambda peer=peer, option=option, removed=removed: peer(model, data, removed, option).eval(),
+                )
+
+    def gates(self, seed, data):
+        if not self.subject.language_model:
+            return
+        trained = {}
+
+        def puppet(name):
+            if name not in trained:
+                trained.clear()
+                trained[name] = self.train_gates(name, seed, data)
+            return trained[name]
+
+        for name in ("mama", "scale_free"):
+            for removed in REMOVED:
+                key = {"section": "gates", "method": f"gates on {name}", "removed": removed, "seed": seed}
+                for redistributed in (False, True):
+                    self.healed(
+                        {**key, "redistributed": redistributed},
+                        lambda name=name, removed=removed, on=redistributed: ppnet.compact(
+                            puppet(name), ppnet.plan(puppet(name), 1 - removed, of="gated"),
+                            redistribute=data if on else None, check=False,
+                        ),
+                    )  # fmt: skip
+
+    def train_gates(self, name, seed, data):
+        subject = self.subject
+        scores = None
+        if name != "scale_free":
+            scores = ppnet.score(subject.model, data, method=name, seed=seed, max_tokens=None, progress=False)
+        model = ppnet.wrap(
+            copy.deepcopy(subject.model), ppnet.PuppetConfig(seed=seed, distill=0.5), scores=scores
+        ).train()
+        blocks = [{"input_ids": ids, "labels": ids} for ids in subject.training_blocks(seed, subject.gate_steps)]
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                model, blocks, folder, f"gates on {name}", steps=subject.gate_steps, rate=subject.heal_rate,
+                batch=subject.heal_batch, seed=seed, kind=PuppetTrainer, logs=4,
+            )  # fmt: skip
+        return model.eval()
+
+
+SECTIONS = ("gated", "masks", "neurons", "gates")
+
+
+def main(options):
+    for name in options.subjects or SUBJECTS:
+        subject = SUBJECTS[name](options.out)
+        recipe = {"study": "scores", "subject": name, **subject.recipe}
+        Study(subject, Rows(options.out / f"scores-{name}.jsonl", recipe)).run(options.seeds, options.sections or SECTIONS)

@@ -1,0 +1,144 @@
+"""What the studies measure: trained models with calibration data, a held-out metric and a way to heal."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+
+import ppnet
+from ppnet.evaluate import perplexity
+from ppnet.train import default_arguments, text_blocks
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+TINYSTORIES = SHARED / "data" / "tinystories"
+SEPARATOR = "<|endoftext|>"
+
+
+class Progress(TrainerCallback):
+    """One line per log."""
+
+    def __init__(self, name):
+        self.name, self.start = name, time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            seconds = time.perf_counter() - self.start
+            print(f"{self.name}: step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.4f}, "
+                  f"{seconds:.0f} s", flush=True)  # fmt: skip
+
+
+def train(model, data, folder, name, *, steps, rate, batch, seed=0, kind=Trainer, logs=20, **arguments):
+    """Trains every weight (and gate) on the NLL of the data; returns the seconds."""
+    options = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
+    trainer = kind(
+        model=model, train_dataset=data, callbacks=[Progress(name)] if logs else [],
+        args=default_arguments(
+            folder, learning_rate=rate, per_device_train_batch_size=batch, max_steps=steps, seed=seed,
+            logging_steps=max(1, steps // (logs or 1)), **(options | arguments),
+        ),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or its forward stays under autocast
+    return time.perf_counter() - start
+
+
+# ---- language models of TinyStories ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def stories(name):
+    return [story.strip() for story in (TINYSTORIES / name).read_text().split(SEPARATOR) if story.strip()]
+
+
+def stories_tokenizer():
+    return AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K", model_max_length=10**9)
+
+
+def train_stories_model(folder):
+    """A Llama of 5.1 M parameters, trained on 4.1 M tokens of TinyStories: 2.5 epochs of the text that is here."""
+    if (folder / "config.json").exists():
+        return
+    torch.manual_seed(0)
+    tokenizer = stories_tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=832, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    ))  # fmt: skip
+    blocks = text_blocks(TINYSTORIES / "train.txt", tokenizer, 256, separator=SEPARATOR, bos=True)
+    train(model, blocks, folder.with_name(f"{folder.name}-log"), folder.name, steps=1000, rate=2e-3, batch=16, bf16=True)
+    ppnet.save(model.eval(), folder, tokenizer)
+
+
+class Stories:
+    """A language model of TinyStories; NLL in nats per token of held-out stories, each from its beginning.
+
+    Args:
+        folder: of the dense model.
+        calibration_blocks, length: tokens of calibration data.
+        held_out: number of stories that the NLL is taken of.
+        heal_steps, heal_batch, heal_length, heal_rate: of healing by the dense model's answers (`ppnet.heal`).
+        gate_steps: optimizer steps of gate training, of as many tokens each as healing has.
+    """
+
+    metric, lower_is_better, language_model, loss, without = "NLL", True, True, None, ()
+
+    def __init__(self, folder, *, calibration_blocks=96, length=256, held_out=60, heal_steps=100, heal_batch=8,
+                 heal_length=256, heal_rate=1e-3, gate_steps=100):  # fmt: skip
+        self.recipe = {name: value for name, value in locals().items() if name not in ("self", "folder")}
+        self.__dict__.update(self.recipe)
+        self.tokenizer = stories_tokenizer()
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def blocks(self, seed, count, length):
+        """Blocks of training stories in random order: int64 (count, length)."""
+        order = list(stories("train.txt"))
+        random.Random(seed).shuffle(order)
+        ids = []
+        for story in order:
+            ids += [self.tokenizer.bos_token_id, *self.tokenizer(story, add_special_tokens=False)["input_ids"]]
+            if len(ids) >= count * length:
+                return torch.tensor(ids[: count * length]).view(count, length)
+        raise ValueError(f"count: {count} blocks of {length} tokens are more than there is text.")
+
+    def calibration(self, seed):
+        blocks = self.blocks(seed, self.calibration_blocks, self.length)
+        return [{"input_ids": ids, "labels": ids} for ids in blocks.split(16)]
+
+    def measure(self, model):
+        text = stories("valid.txt")[: self.held_out]
+        return perplexity(model, self.tokenizer, text, bos="document", batch_size=16, progress=False).nll
+
+    def training_blocks(self, seed, steps):
+        """What a phase of so many steps sees."""
+        return self.blocks(1000 + seed, steps * self.heal_batch, self.heal_length)
+
+    def heal(self, small, seed):
+        ppnet.heal(
+            small, self.model, self.training_blocks(seed, self.heal_steps), steps=self.heal_steps,
+            learning_rate=self.heal_rate, batch_size=self.heal_batch, arguments={"seed": seed, **QUIET},
+        )  # fmt: skip
+        return small.eval()
+
+
+QUIET = {"disable_tqdm": True, "logging_strategy": "no"}
+
+
+def stories260k(folder):
+    return Stories(SHARED / "models" / "stories260K")
+
+
+def stories5m(folder):
+    train_stories_model(folder / "stories5m")
+    return Stories(folder / "stories5m", heal_steps=40, heal_length=128, gate_steps=80)
+
+
+SUBJECTS = {"stories260K": stories260k, "stories5M": stories5m}
