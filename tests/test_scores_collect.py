@@ -14,8 +14,9 @@ from ppnet.scores import score, score_methods
 
 ALL = {method: (method, options_of(method)) for method in DATA_METHODS}
 # Fisher information is drawn, so other batches draw otherwise.
-FIXED = {m: o for m, o in ALL.items() if m not in ("kl", "mama")} | {
-    "mama": ("mama", {"weights": {"kl": 0, "reward": 1}})
+FIXED = {m: o for m, o in ALL.items() if m not in ("kl", "mama", "obs")} | {
+    "mama": ("mama", {"weights": {"kl": 0, "obs": 0, "reward": 1}}),
+    "obs": ("obs", {"weighting": "output"}),
 }
 ROWS = [
     {"input_ids": row[:length], "rewards": reward, "groups": group}
@@ -94,7 +95,7 @@ def test_lower_precision(model_type):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = score_methods(model, REWARDED, FIXED)
     low = score_methods(model.to(torch.bfloat16), REWARDED, FIXED)
-    for method in ("taylor", "activation", "bias"):
+    for method in ("taylor", "activation", "bias", "obs"):
         for name, units in exact[method].items():
             for other in (mixed, low):
                 assert torch.corrcoef(torch.stack([units, other[method][name]]))[0, 1] > 0.98

@@ -29,7 +29,9 @@ def wanda(weight: Tensor, gram: Tensor, tokens: int, removed: float) -> Tensor:
     return weight.scatter(1, smallest, 0.0)
 
 
-def sparsegpt(weight: Tensor, gram: Tensor, tokens: int, removed: float, block: int = 128, damp: float = 0.01) -> Tensor:
+def sparsegpt(
+    weight: Tensor, gram: Tensor, tokens: int, removed: float, block: int = 128, damp: float = 0.01
+) -> Tensor:
     """Zeroes the weights of the smallest error w^2 / [H^-1]_jj, block of columns by block, and moves what each gave to
     the columns that are still to come: w_k -= w_j [U]_jk / [U]_jj, with U the upper Cholesky factor of H^-1.
 

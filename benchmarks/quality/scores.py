@@ -197,4 +197,5 @@ def main(options):
     for name in options.subjects or SUBJECTS:
         subject = SUBJECTS[name](options.out)
         recipe = {"study": "scores", "subject": name, **subject.recipe}
-        Study(subject, Rows(options.out / f"scores-{name}.jsonl", recipe)).run(options.seeds, options.sections or SECTIONS)
+        rows = Rows(options.out / f"scores-{name}.jsonl", recipe)
+        Study(subject, rows).run(options.seeds, options.sections or SECTIONS)

@@ -80,7 +80,8 @@ def table(recipe: dict[str, Any], rows: Rows, metric: str, lower: bool) -> str:
         if not own:
             continue
         removed = sorted({row["removed"] for row in own})
-        forms = [(name, form) for name, form in FORMS if any(form.items() <= row.items() for row in own)] or [("cut", {})]
+        forms = [(name, form) for name, form in FORMS if any(form.items() <= row.items() for row in own)]
+        forms = forms or [("cut", {})]
         heads = [f"{share:.0%} {name}" for share in removed for name, _ in forms]
         columns = [column(own, lower, removed=share, **form) for share in removed for _, form in forms]
         lines += ["", f"| {title} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]

@@ -74,7 +74,8 @@ def train_stories_model(folder):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     ))  # fmt: skip
     blocks = text_blocks(TINYSTORIES / "train.txt", tokenizer, 256, separator=SEPARATOR, bos=True)
-    train(model, blocks, folder.with_name(f"{folder.name}-log"), folder.name, steps=1000, rate=2e-3, batch=16, bf16=True)
+    log = folder.with_name(f"{folder.name}-log")
+    train(model, blocks, log, folder.name, steps=1000, rate=2e-3, batch=16, bf16=True)
     ppnet.save(model.eval(), folder, tokenizer)
 
 

@@ -20,10 +20,11 @@ def _needed(options: dict[str, object]) -> Needs:
 def obs(statistics: SiteStatistics, *, weighting: str = "loss", ridge: float = RIDGE) -> Tensor:
     """1/2 tr(B_u C_u), with C_u the covariance of what the other units cannot say of the unit's features.
 
-    With G = E[a a^T] of all features a of the site, C_u = ([(G + ridge * diag G)^-1]_uu)^-1 (r, r) is the second moment of a_u minus its least-squares prediction from the other units (Schur complement), which is what stays
-    missing after redistribution (`ppnet.compact(redistribute=...)`). Where the output projection has a bias, moments are
-    taken around the mean, as the bias takes over the rest. Following Hassibi & Stork (1993), at the level of units as
-    Kurtic et al. (ZipLM, 2023); the weighting by the loss is the Kronecker-factored one of K-FAC.
+    With G = E[a a^T] of all features a of the site, C_u = ([(G + ridge * diag G)^-1]_uu)^-1 (r, r) is the second moment
+    of a_u minus its least-squares prediction from the other units (Schur complement), which is what stays missing after
+    redistribution (`ppnet.compact(redistribute=...)`). Where the output projection has a bias, moments are taken around
+    the mean, as the bias takes over the rest. Following Hassibi & Stork (1993), at the level of units as Kurtic et al.
+    (ZipLM, 2023); the weighting by the loss is the Kronecker-factored one of K-FAC.
 
     Args:
         weighting: ``"loss"``: B_u = E[da_u da_u^T] of the gradients da = W_out^T dy, with labels drawn from the model's

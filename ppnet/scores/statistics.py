@@ -140,7 +140,8 @@ class Gram:
         for part in rows.split(4096):
             part = part.to(wide(part.dtype))
             self._sum = self._sum + part.sum(0)
-            self._products = self._products + part.T @ part
+            with torch.autocast(part.device.type, enabled=False):  # the caller's would round the products
+                self._products = self._products + part.T @ part
 
     def mean(self, centred: bool = False) -> Tensor:
         """E[a a^T], or around the mean: (F, F) float64 (float32 where the device has nothing wider)."""
@@ -186,7 +187,8 @@ class Curvature:
         """index: (U, r); dx: (B, T, F)."""
         for part in dx.reshape(-1, dx.shape[-1]).split(4096):
             units = part.to(wide(part.dtype))[:, index]
-            self.sum += torch.einsum("nur,nus->urs", units, units).to(self.sum)
+            with torch.autocast(dx.device.type, enabled=False):
+                self.sum += torch.einsum("nur,nus->urs", units, units).to(self.sum)
 
 
 def gate_gradients(index: Tensor, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
