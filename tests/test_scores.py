@@ -176,7 +176,7 @@ def scaled(model):
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_rescaling_inputs_against_outputs_changes_nothing(model_type):
-    only = {"weights": {"obs": 0, "magnitude": 1.0, "bias": 0, "sft": 0, "kl": 0}}
+    only = {"weights": {"activation": 0, "obs": 0, "magnitude": 1.0, "bias": 0, "sft": 0, "kl": 0}}
     methods = {"norms": ("magnitude", {}), "paths": ("magnitude", {"form": "paths"}), "mama": ("mama", only)}
     if model_type != "gpt2":  # its neurons are not linear in their input weights: that model computes something else
         methods |= {method: (method, options_of(method)) for method in DATA_METHODS}

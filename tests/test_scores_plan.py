@@ -94,7 +94,7 @@ def test_scores_combine():
     alone = Scores.combine([TAYLOR])
     for name in TAYLOR:
         assert torch.equal(alone[name].argsort(), TAYLOR[name].argsort())
-    mama = ppnet.score(MODEL, IDS, "mama", weights={"magnitude": 1, "sft": 2, "bias": 0, "kl": 0})
+    mama = ppnet.score(MODEL, IDS, "mama", weights={"magnitude": 1, "sft": 2, "activation": 0, "obs": 0, "bias": 0})
     paths = ppnet.score(MODEL, method="magnitude", form="paths")
     expected = Scores.combine([paths, TAYLOR], [1.0, 2.0])
     for name in mama:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,7 @@ from ppnet.scores.statistics import SiteStatistics
 RIDGE = 0.01
 
 
-def _needed(options: dict[str, object]) -> Needs:
+def _needed(options: Mapping[str, Any]) -> Needs:
     return frozenset({GRAM} if options.get("weighting", "loss") == "output" else {GRAM, CURVATURE})
 
 
