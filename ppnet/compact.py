@@ -227,8 +227,7 @@ def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
     for site in structure.sites:
         for leaf in site.leaves:
             _state_feature_count(small.get_submodule(leaf.name))
-        for name, value in site.attributes(len(plan.kept[site.name])).items():
-            setattr(small.get_submodule(site.block), name, value)
+        site.set_attributes(small, len(plan.kept[site.name]))
     return small
 
 
