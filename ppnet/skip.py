@@ -84,13 +84,16 @@ class Engine:
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         import copy
 
-        clone = Engine(copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo), self.fixed)
-        clone.by_index = self.by_index
-        return clone
+        model, puppet = copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo)
+        # The copy of the puppet may not be complete yet, if it is on the way to the hook that led here.
+        return Engine(model, puppet, self.fixed, by_index=self.by_index, active=[None] * len(self.sites))
 
     def __post_init__(self) -> None:
-        self.sites = self.puppet.structure.sites
-        self.active = [None] * len(self.sites)
+        self.active = self.active or [None] * len(self.sites)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.puppet.structure.sites
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 
