@@ -35,6 +35,7 @@ class Family:
         stock_expressible: (site, dense config) -> whether the stock class can hold fewer units there.
         decoder: whether its models predict the next token. Encoders have no loss of their own, read every sentence
             whole with their tokenizer's special tokens, and do not generate.
+        parts: model -> config entries of its shipped class that say which optional parts it has.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     per_layer_keys: Callable[[Site, int, Any], Mapping[str, int]]
     stock_expressible: Callable[[Site, Any], bool]
     decoder: bool = True
+    parts: Callable[[nn.Module], Mapping[str, Any]] = lambda model: {}
 
 
 FAMILIES: dict[str, Family] = {}

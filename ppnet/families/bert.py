@@ -78,6 +78,11 @@ def stock_expressible(site: Site, config: Any) -> bool:
     return site.kind == "neuron"
 
 
+def parts(model: nn.Module) -> Mapping[str, Any]:
+    """Whether a bare model has the pooling layer, which its stock config does not say."""
+    return {"add_pooling_layer": False} if getattr(model, "pooler", True) is None else {}
+
+
 def tiny_configs(model_type: str) -> dict[str, Any]:
     return {
         "vocab_size": 96,
@@ -101,5 +106,6 @@ register(
         per_layer_keys=per_layer_keys,
         stock_expressible=stock_expressible,
         decoder=False,
+        parts=parts,
     )
 )

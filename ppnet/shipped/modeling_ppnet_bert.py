@@ -58,6 +58,11 @@ class PPNetBertConfig(BertConfig):
 class PPNetBertModel(PerLayerWidths, BertModel):
     config_class = PPNetBertConfig
 
+    def __init__(self, config, add_pooling_layer=None):
+        if add_pooling_layer is None:
+            add_pooling_layer = getattr(config, "add_pooling_layer", True)
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+
 
 class PPNetBertForMaskedLM(PerLayerWidths, BertForMaskedLM):
     config_class = PPNetBertConfig
