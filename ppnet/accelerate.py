@@ -43,8 +43,8 @@ def accelerate(model: Model) -> Model:
         products. Results differ from the model's own by rounding (sums are kept in float32 throughout).
 
     Raises:
-        UnsupportedModelError: an unknown family, an encoder, already accelerated in whole or in part, or without its weights. The
-            model is unchanged then.
+        UnsupportedModelError: an unknown family, an encoder, already accelerated in whole or in part, or without its
+            weights. The model is unchanged then.
     """
     sites = accelerable(model)
     state: dict[str, Any] = {"patched": [], "attention": None, "mlps": [], "blocks": [], "layers": []}

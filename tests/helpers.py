@@ -26,7 +26,11 @@ def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
     """A tiny random model in evaluation mode, with non-zero biases and norms so that mistakes in them show."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type].tiny_configs(model_type), **changes})
-    model = auto_class(model_type).from_config(config)
+    return randomised(auto_class(model_type).from_config(config)).to(dtype).eval()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The same model with random weights, non-zero biases and norms that are not 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -36,7 +40,7 @@ def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
             else:
                 # Larger than the usual 0.02, so that every unit matters to the logits.
                 parameter.normal_(std=0.15)
-    return model.to(dtype).eval()
+    return model
 
 
 def token_ids(batch: int = 3, length: int = 17, seed: int = 1, vocabulary: int = 96) -> Tensor:

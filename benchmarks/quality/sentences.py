@@ -23,6 +23,7 @@ import ppnet
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STSB, WIKITEXT = SHARED / "data/stsb/stsb-en-dev.csv", SHARED / "data/wikitext-2/valid.txt"
+MOST_TOKENS = 256  # of a sentence, as the model's own settings say
 TEMPERATURE = 0.05  # MiniLM was trained with similarities times 20
 SHORTEST, LONGEST = 5, 60  # words of a calibration sentence
 UNKNOWN = 2  # words that WikiText-2 has left out of it, at most
@@ -96,7 +97,8 @@ def embed(model: Any, tokenizer: Any, sentences: list[str], batch_size: int = 64
     found = [torch.empty(0)] * len(sentences)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = tokenizer([sentences[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="pt")
+        texts = [sentences[i] for i in rows]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt")
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         for i, row in zip(rows, pooled(model(**inputs).last_hidden_state, inputs["attention_mask"]), strict=True):
             found[i] = row.cpu()
@@ -106,7 +108,7 @@ def embed(model: Any, tokenizer: Any, sentences: list[str], batch_size: int = 64
 def spearman(model: Any, tokenizer: Any, pairs: list[tuple[str, str, float]]) -> float:
     """Rank correlation of cosine similarities with people's judgements."""
     one, other, scores = zip(*pairs, strict=True)
-    left, right = (embed(model, tokenizer, list(side)) for side in (one, other))
+    left, right = embed(model, tokenizer, [*one, *other]).chunk(2)
     return float(spearmanr((left * right).sum(-1).double().numpy(), scores).statistic)
 
 
@@ -116,8 +118,8 @@ def sentence_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
     What an embedding model is for is telling sentences apart while keeping related ones close. Calibration text has no
     judgements, but neighbouring sentences of a paragraph are related more than others of the batch are, and the dense
     model's loss on them is not 0, so its gradient says which units carry the difference. A loss against the model's own
-    embeddings (a norm of the change, or two views of one sentence without dropout) is at its minimum at the dense model:
-    its gradient is 0 there, and so would be all scores of first order.
+    embeddings (a norm of the change, or two views of one sentence without dropout) is at its minimum at the dense
+    model: its gradient is 0 there, and so would be all scores of first order.
 
     Rows 2i and 2i + 1 are neighbours, as `calibration_sentences` gives them; the others of the batch are negatives.
     """
@@ -160,8 +162,8 @@ def measured(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", type=int, default=2048, help="for scores and redistribution")
-    parser.add_argument("--batch", type=int, default=64, help="sentences per pass of scoring; all but one are negatives")
+    parser.add_argument("--sentences", type=int, default=1024, help="for scores and redistribution")
+    parser.add_argument("--batch", type=int, default=64, help="sentences per pass of scoring: a pair and its negatives")
     parser.add_argument("--seed", type=int, default=0, help="which sentences")
     start = time.perf_counter()
     measured(parser.parse_args())

@@ -111,7 +111,7 @@ class Collector:
         name = type(self.model).__name__
         if REWARDS in self.needs:
             raise PPNetError(
-                f"method: rewards are of completions, and a {name} is an encoder, which writes none; use another method."
+                f"method: rewards are of completions, and a {name} is an encoder, which writes none; use another one."
             )
         if FISHER in self.needs and not self._predicts:
             raise PPNetError(

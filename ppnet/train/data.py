@@ -151,7 +151,8 @@ def sentences(
             elif tokenizer is None:
                 raise DataError("tokenizer: None is allowed for token ids only; give the model's tokenizer.")
             elif text.strip():
-                yield from tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+                pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
+                yield from pieces["input_ids"]
 
 
 def check_vocabulary(ids: Tensor, model: nn.Module, name: str = "ids") -> None:

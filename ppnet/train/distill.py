@@ -77,8 +77,9 @@ class DistillationMixin(PuppetTrainerMixin):
 
     All terms are sums over the tokens that have labels, divided by their number in the whole optimizer step, whatever
     the micro-batches. Batches of an encoder may have none: all tokens count then that are not padding, each micro-batch
-    by their mean, and the NLL is unknown (``weight=1``). Training logs have ``nll``, ``distillation_kl`` and, if used, ``hidden_loss``. Evaluation is the
-    Trainer's own. Checkpoints, NaN stops and optimizer are those of `PuppetTrainerMixin`.
+    by their mean, and the NLL is unknown (``weight=1``). Training logs have ``nll``, ``distillation_kl`` and, if used,
+    ``hidden_loss``. Evaluation is the Trainer's own. Checkpoints, NaN stops and optimizer are those of
+    `PuppetTrainerMixin`.
 
     Args:
         teacher: a model, or the folder of one (dense, gated or compacted), which is loaded once, in its own dtype, onto
@@ -198,8 +199,8 @@ class DistillationMixin(PuppetTrainerMixin):
             )
         if self._predicts and self.distillation.weight < 1:
             raise TrainingError(
-                f"weight: {self.distillation.weight!r} leaves a share to the NLL of labels, and the batch has none, only "
-                f"{sorted(inputs)}; give labels (-100 where nothing is masked), or set weight=1."
+                f"weight: {self.distillation.weight!r} leaves a share to the NLL of labels, and the batch has none, "
+                f"only {sorted(inputs)}; give labels (-100 where nothing is masked), or set weight=1."
             )
         mask = inputs.get("attention_mask")
         return inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(mask == 0, IGNORED)
@@ -220,7 +221,8 @@ def check_teacher(student: Any, teacher: Any, options: Distillation) -> None:
     """Whether a teacher can teach a student.
 
     Raises:
-        TrainingError: it is the student itself, nothing would be learnt, or vocabularies, widths or layers differ where they must not.
+        TrainingError: it is the student itself, nothing would be learnt, or vocabularies, widths or layers differ where
+            they must not.
     """
     if teacher is student:
         raise TrainingError("teacher: is the student itself; give the dense model, or a copy made before training.")
@@ -232,8 +234,8 @@ def check_teacher(student: Any, teacher: Any, options: Distillation) -> None:
         )
     if options.weight > 0 and predicts_tokens(student) and not predicts_tokens(teacher):
         raise TrainingError(
-            f"teacher: a {type(teacher).__name__} has no logits of tokens, which weight={options.weight!r} asks for; give "
-            "the dense model with its head, or weight=0 and hidden=1."
+            f"teacher: a {type(teacher).__name__} has no logits of tokens, which weight={options.weight!r} asks for; "
+            "give the dense model with its head, or weight=0 and hidden=1."
         )
     if options.hidden == 0:
         if not predicts_tokens(student):
