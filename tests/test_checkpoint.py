@@ -146,11 +146,11 @@ def test_folders_that_are_not_models(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a JSON list"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}')
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         load(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="model_type 'bert'; supported are gpt2, llama"):
+    with pytest.raises(CheckpointError, match="model_type 'electra'; supported are bert, gpt2, llama"):
         load(tmp_path)
 
 
