@@ -397,3 +397,20 @@ def test_gates_on_an_encoder_come_off_again():
     assert torch.equal(hidden(model, **batch), dense)
     assert model.encoder.layer[0].attention.self.num_attention_heads == 4
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+def test_gates_train_with_the_labels_of_an_encoder(tmp_path):
+    """The dense pass teaches the positions whose labels count, which are not shifted."""
+    from ppnet.train import PuppetTrainer, default_arguments
+    from ppnet.train.trainer import aligned_targets
+
+    labels = torch.tensor([[5, -100, 7]])
+    assert torch.equal(aligned_targets({"labels": labels}, shifted=False), labels)
+    model = ppnet.wrap(tiny("bert"), ppnet.PuppetConfig(distill=0.5, dense_fraction=0.0))
+    rows = [{"input_ids": ids, "labels": ids.masked_fill(ids % 3 > 0, -100)} for ids in token_ids(batch=4)]
+    arguments = default_arguments(tmp_path, max_steps=2, use_cpu=True, save_strategy="no", logging_steps=1)
+    before = model.puppet.theta.detach().clone()
+    trainer = PuppetTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert not torch.equal(model.puppet.theta, before)
+    assert "distillation_kl" in trainer.state.log_history[0]
