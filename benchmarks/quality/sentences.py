@@ -133,6 +133,13 @@ def sentence_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
+# Of mama, kl is left out: it is of predicted tokens, and the model has no head that predicts any.
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "activation": {},
+    "mama": {"loss": sentence_loss, "weights": {"kl": 0}},
+}
+
 
 def measured(options: argparse.Namespace) -> None:
     """Prints Spearman of the dense model, and by share of the gated parameters removed."""
@@ -140,13 +147,9 @@ def measured(options: argparse.Namespace) -> None:
     pairs = sts_pairs()
     sentences = calibration_sentences(options.seed, options.sentences)
     print(f"dense: Spearman {spearman(model, tokenizer, pairs):.4f} on {len(pairs):,} pairs of STS-b dev", flush=True)
-    methods = {
-        "magnitude": {},
-        "activation": {},
-        "mama": {"loss": sentence_loss, "weights": {"kl": 0}},
-    }
     print("method       removed  parameters  as it is  redistributed")
-    for method, arguments in methods.items():
+    for method in options.methods:
+        arguments = METHODS[method]
         scores = ppnet.score(
             model, sentences, method, tokenizer=tokenizer, batch_size=options.batch, max_tokens=None, seed=options.seed,
             progress=False, **arguments,
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=1024, help="for scores and redistribution")
     parser.add_argument("--batch", type=int, default=64, help="sentences per pass of scoring: a pair and its negatives")
     parser.add_argument("--seed", type=int, default=0, help="which sentences")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what ranks the units")
     start = time.perf_counter()
     measured(parser.parse_args())
     print(f"{time.perf_counter() - start:.0f} s")
