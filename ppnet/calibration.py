@@ -271,11 +271,11 @@ def _whole(sequence: Batch, longest: int | None, decoder: bool) -> Iterator[Batc
     labels = sequence.get("labels")
     if labels is None and decoder:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    if mask is None and (labels is None or not decoder):
-        mask = torch.ones_like(ids)
-    elif mask is None:
+    if mask is None and decoder and labels is not None:
         # Nothing depends on what follows the last label: it is padding, or as good as that.
         mask = (labels != IGNORED).flip(0).cumsum(0).flip(0).clamp(max=1)
+    elif mask is None:
+        mask = torch.ones_like(ids)
     real = mask.nonzero().flatten()
     if not len(real):
         return
