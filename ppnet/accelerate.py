@@ -18,7 +18,7 @@ from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.decode_blocks import fuse_blocks, unfuse
 from ppnet.decode_layers import fuse_layers
 from ppnet.errors import UnsupportedModelError
-from ppnet.families import FAMILIES
+from ppnet.families import FAMILIES, check_decoder
 from ppnet.pages import use_large_pages
 from ppnet.units import Leaf, Site
 from ppnet.wrap import ACCELERATED, engine_of, is_accelerated, is_wrapped
@@ -43,8 +43,8 @@ def accelerate(model: Model) -> Model:
         products. Results differ from the model's own by rounding (sums are kept in float32 throughout).
 
     Raises:
-        UnsupportedModelError: an unknown family, already accelerated in whole or in part, or without its weights. The
-            model is unchanged then.
+        UnsupportedModelError: an unknown family, an encoder, already accelerated in whole or in part, or without its
+            weights. The model is unchanged then.
     """
     sites = accelerable(model)
     state: dict[str, Any] = {"patched": [], "attention": None, "mlps": [], "blocks": [], "layers": []}
@@ -72,6 +72,7 @@ def accelerable(model: nn.Module) -> tuple[Site, ...]:
             f"model: this {type(model).__name__} is already accelerated; use it as it is, or call "
             "ppnet.decelerate(model) first."
         )
+    check_decoder(model, "decoding steps to accelerate")
     sites = engine_of(model).puppet.structure.sites if is_wrapped(model) else _sites(model)
     part = next((name for name, module in model.named_modules() if is_accelerated(module)), None)
     if part is not None:

@@ -19,6 +19,7 @@ from ppnet.checks import integer, renamed
 from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of
 from ppnet.evaluate.tokens import IGNORED, adds_bos, looks_like_a_path
+from ppnet.families import is_decoder
 
 MAX_TOKENS = 2**16
 DEFAULT_LENGTH = 512
@@ -50,6 +51,10 @@ def calibration_batches(
     what their mask leaves out at either end is dropped, so that a sequence begins at position 0 however it was padded.
     Rows with rewards or groups are never cut.
 
+    An encoder (`ppnet.families.is_decoder`) reads text document by document instead, with its tokenizer's special
+    tokens ([CLS] and [SEP]) around each: a list of sentences gives padded batches of these, in their order. Longer
+    documents go on in further sequences. There are no labels unless the data has them.
+
     Args:
         model: ids are checked against its vocabulary, `length` against its context.
         data: text or the name of a text file (a string is a name if such a file exists or if it can only be one); a
@@ -61,15 +66,16 @@ def calibration_batches(
         batch_size: most sequences per batch.
         max_tokens: about as many tokens are used (whole sequences, at least one, and whole groups); None: all.
         seed: text has more than `max_tokens` tokens: which blocks are used, drawn from the first 16 x `max_tokens`.
-            Sequences, rows and batches are taken in their order.
+            Sequences, rows and batches are taken in their order, and so is an encoder's text.
         column: key of the text in mappings.
         separator: text between the documents of a text file, e.g. ``"<|endoftext|>"``.
-        bos: put the beginning-of-sequence token before every document; None: if the tokenizer does so by itself.
+        bos: put the beginning-of-sequence token before every document; None: if the tokenizer does so by itself. Not
+            for encoders, whose tokenizers place all special tokens.
 
     Returns:
         Batches on the CPU: ``input_ids`` int64 (B, T); ``labels`` int64 (B, T), the ids with -100 where nothing is
-        predicted (models shift them); ``attention_mask`` int64 (B, T) where something is padded. ``rewards`` and
-        ``groups`` (B,) are kept where a row or batch has them.
+        predicted (models shift them), of encoders those of the data or none; ``attention_mask`` int64 (B, T) where
+        something is padded. ``rewards`` and ``groups`` (B,) are kept where a row or batch has them.
 
     Raises:
         DataError: nothing to read, sequences of fewer than 2 tokens only, ids outside the vocabulary, tensors of
@@ -77,7 +83,7 @@ def calibration_batches(
             `length`, or data of an unknown type.
     """
     # Here, since `ppnet.train` brings transformers' trainer, and callbacks that build on this module.
-    from ppnet.train.data import check_vocabulary, text_blocks
+    from ppnet.train.data import check_vocabulary, sentences, text_blocks
 
     if length is not None:
         integer("length", length, 2, DataError, " (so that a sequence holds a prediction), or None")
@@ -91,10 +97,16 @@ def calibration_batches(
     most = min(length or DEFAULT_LENGTH, context or DEFAULT_LENGTH)
     scanned = isinstance(data, Sized)
     data, rows = _rows(data)
+    decoder = is_decoder(model)
     if rows is not None:
         # Sequences given as ids may be as long as the model allows.
-        found = _limited(_sequences(rows, length or context), max_tokens, scanned)
-        batches = [b for group in _alike(found) for b in _padded(group, batch_size)]
+        batches = _sequence_batches(_sequences(rows, length or context, decoder), batch_size, max_tokens, scanned)
+    elif not decoder:
+        try:
+            rows = sentences(data, tokenizer, most, column=column, separator=separator)
+            batches = _sequence_batches(_sequences(rows, most, decoder), batch_size, max_tokens, scanned)
+        except DataError as error:
+            raise renamed(error, "data", "source") from error
     else:
         if bos is None:
             bos = getattr(tokenizer, "bos_token_id", None) is not None and adds_bos(tokenizer)
@@ -142,6 +154,12 @@ def _blocks(ids: Tensor, length: int, exact: bool, batch_size: int, max_tokens: 
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
 
+def _sequence_batches(
+    sequences: Iterator[Batch], batch_size: int, max_tokens: int | None, scanned: bool
+) -> list[Batch]:
+    return [batch for run in _alike(_limited(sequences, max_tokens, scanned)) for batch in _padded(run, batch_size)]
+
+
 def _rows(data: Any) -> tuple[Any, Iterable[Any] | None]:
     """The data and, if it holds sequences of ids rather than text, an iterable of them."""
     if isinstance(data, str) and not looks_like_a_path(data):
@@ -175,7 +193,7 @@ def _rows(data: Any) -> tuple[Any, Iterable[Any] | None]:
     return (data if isinstance(data, list | tuple) else everything), None
 
 
-def _sequences(rows: Iterable[Any], longest: int | None) -> Iterator[Batch]:
+def _sequences(rows: Iterable[Any], longest: int | None, decoder: bool) -> Iterator[Batch]:
     """Mappings, batches and bare ids -> one sequence after the other: ``{"input_ids": (T,), ...}``."""
     for row in rows:
         fields = dict(row) if isinstance(row, Mapping) else {"input_ids": row}
@@ -202,7 +220,7 @@ def _sequences(rows: Iterable[Any], longest: int | None) -> Iterator[Batch]:
                 sequence[name] = values.reshape(()) if ids.ndim == 1 else values.reshape(len(ids))
         singles = [sequence] if ids.ndim == 1 else [{k: v[i] for k, v in sequence.items()} for i in range(len(ids))]
         for single in singles:
-            yield from _whole(single, longest)
+            yield from _whole(single, longest, decoder)
 
 
 def _integers(name: str, values: Any) -> Tensor:
@@ -245,23 +263,27 @@ def _check_positions(positions: Any, sequence: Batch) -> None:
         )
 
 
-def _whole(sequence: Batch, longest: int | None) -> Iterator[Batch]:
-    """One sequence with labels and mask, without masked ends, cut at `longest` tokens; nothing where it predicts
-    nothing."""
+def _whole(sequence: Batch, longest: int | None, decoder: bool) -> Iterator[Batch]:
+    """One sequence with mask and labels (of an encoder: those it has), without masked ends, cut at `longest` tokens;
+    nothing where a decoder predicts nothing."""
     ids = sequence["input_ids"]
     mask = sequence.get("attention_mask")
     labels = sequence.get("labels")
-    if labels is None:
+    if labels is None and decoder:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
-    if mask is None:
+    if mask is None and decoder and labels is not None:
         # Nothing depends on what follows the last label: it is padding, or as good as that.
         mask = (labels != IGNORED).flip(0).cumsum(0).flip(0).clamp(max=1)
+    elif mask is None:
+        mask = torch.ones_like(ids)
     real = mask.nonzero().flatten()
     if not len(real):
         return
     # Absolute positions count from the first token, not from the padding before it.
     ends = slice(int(real[0]), int(real[-1]) + 1)
-    whole = {"input_ids": ids[ends], "labels": labels[ends], "attention_mask": mask[ends]}
+    whole = {"input_ids": ids[ends], "attention_mask": mask[ends]}
+    if labels is not None:
+        whole["labels"] = labels[ends]
     extra = {name: sequence[name] for name in PER_SEQUENCE if name in sequence}
     size = ends.stop - ends.start
     step = size if longest is None else longest
@@ -272,7 +294,7 @@ def _whole(sequence: Batch, longest: int | None) -> Iterator[Batch]:
         )
     for start in range(0, size, step):
         piece = {name: tensor[start : start + step] for name, tensor in whole.items()}
-        if (piece["labels"][1:] != IGNORED).any():
+        if not decoder or (piece["labels"][1:] != IGNORED).any():
             yield {**piece, **extra}
 
 
@@ -318,6 +340,7 @@ def _padded(sequences: Sequence[Batch], batch_size: int) -> list[Batch]:
         batch = {
             name: pad_sequence([row[name] for row in part], batch_first=True, padding_value=value)
             for name, value in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
+            if name in part[0]
         }
         if bool(batch["attention_mask"].all()):
             del batch["attention_mask"]

@@ -217,7 +217,7 @@ def _model_class(path: Path, config: dict[str, Any]) -> type:
         )
     if base != model_type:
         classes = shipped(base)
-        found = next((item for item in (classes.causal_lm, classes.model) if item.__name__ == name), None)
+        found = next((item for item in classes.models.values() if item.__name__ == name), None)
     else:
         found = getattr(transformers, str(name), None)
     if found is None or not hasattr(found, "from_pretrained"):

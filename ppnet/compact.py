@@ -227,8 +227,7 @@ def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
     for site in structure.sites:
         for leaf in site.leaves:
             _state_feature_count(small.get_submodule(leaf.name))
-        for name, value in site.attributes(len(plan.kept[site.name])).items():
-            setattr(small.get_submodule(site.block), name, value)
+        site.set_attributes(small, len(plan.kept[site.name]))
     return small
 
 
@@ -248,7 +247,7 @@ def _fit_config(small: Any, structure: Structure, plan: Plan) -> None:
     for site in structure.sites:
         layers.setdefault(site.layer, {}).update(family.per_layer_keys(site, len(plan.kept[site.name]), config))
     # Once heads go, the head width no longer follows from the model's width and its number of heads.
-    stated = {}
+    stated: dict[str, Any] = {}
     for site in removed:
         if site.kind == "kv_group" and hasattr(small.get_submodule(site.block), "head_dim"):
             stated["head_dim"] = int(small.get_submodule(site.block).head_dim)
@@ -259,6 +258,7 @@ def _fit_config(small: Any, structure: Structure, plan: Plan) -> None:
             for name, value in numbers.items():
                 setattr(config, name, value)
             return
+    stated.update(family.parts(small))
     classes = shipped(structure.model_type)
     target = classes.for_stock(type(small))
     for name, value in stated.items():

@@ -145,8 +145,8 @@ def _run(model: Any, batch: dict[str, Tensor], **options: Any) -> Any:
 
 
 def _answer(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits (last hidden states of a model without a head) of the tokens that are not padding, in float32."""
-    values = output.logits if "logits" in output else output.last_hidden_state
+    """Logits (of a model without, what it returns first) of the tokens that are not padding, in float32."""
+    values = output.logits if "logits" in output else output[0]
     if values.shape[:2] == batch["attention_mask"].shape:
         values = values[batch["attention_mask"].bool().to(values.device)]
     return values.detach().float()

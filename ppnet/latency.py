@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ppnet.cost import CostModel
 from ppnet.errors import PPNetError
 from ppnet.evaluate.model_state import device_of
+from ppnet.families import check_decoder
 from ppnet.files import write_atomic
 from ppnet.metrics import meter
 from ppnet.modes import evaluating
@@ -89,8 +90,9 @@ def latency(model: nn.Module, structure: Structure, costs: CostModel) -> Latency
     """Times what is not yet in the table; about a second per shape.
 
     Raises:
-        PPNetError: weights without values (meta device).
+        PPNetError: weights without values (meta device). UnsupportedModelError: an encoder.
     """
+    check_decoder(model, "decoding steps to measure the latency of")
     device = device_of(model)
     if device.type == "meta":
         raise PPNetError("metric: 'latency' is measured, and this model is on the meta device; load its weights first.")

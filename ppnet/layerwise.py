@@ -104,7 +104,8 @@ class Trace:
 
         Args:
             hidden: what it gave, ``(B, T, D)``.
-            summed: its input and the outputs of its sub-layers, added up, which must be the same; None: not asked.
+            summed: what its input and the outputs of its sub-layers come to (`stream`), which must be the same; None:
+                not asked.
 
         Raises:
             UnsupportedModelError: one of them is something else.
@@ -116,9 +117,26 @@ class Trace:
             )
         if summed is not None and not _close(summed, hidden, self.real):
             raise UnsupportedModelError(
-                f"model: decoder layer {index} does more than to add its sub-layers' outputs to its input, so it is "
-                "not known what they fail to give; use sequential=False."
+                f"model: decoder layer {index} does more than to add its sub-layers' outputs to its input (and to take "
+                "the norms that its family names), so it is not known what they fail to give; use sequential=False."
             )
+
+
+def stream(model: nn.Module, sites: Sequence[Site], start: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """The residual stream behind some sub-layers of one layer, in the dtype of `start`.
+
+    Args:
+        sites: the sub-layers, in order.
+        start: the stream before them, ``(B, T, D)``.
+        outputs: what their consumers gave, ``(B, T, D)`` each.
+    """
+    for site, output in zip(sites, outputs, strict=True):
+        start = start + output.to(start.dtype)
+        if site.norm:
+            norm = model.get_submodule(site.norm)
+            weight = next(norm.parameters(), start)
+            start = norm(start.to(weight.dtype)).to(start.dtype)
+    return start
 
 
 def _close(found: Tensor, expected: Tensor, real: Tensor) -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ppnet.errors import DataError, PPNetError
 from ppnet.families import structure_of
-from ppnet.layerwise import Tap, Trace, also_called, capture, decoder_layer, hooked
+from ppnet.layerwise import Tap, Trace, also_called, capture, decoder_layer, hooked, stream
 from ppnet.plan import Plan
 from ppnet.units import Leaf, Site, Structure, leaf_module
 
@@ -219,12 +219,14 @@ def _in_one_pass(model: nn.Module, small: nn.Module, sites: Sequence[Projection]
         for projection, (dense, own) in zip(sites, taps, strict=True):
             block = projection.site.block
             hooks.enter_context(also_called(model.get_submodule(block), small.get_submodule(block)))
-            hooks.enter_context(hooked((projection.dense, dense), (projection.small, own)))
+            fed = projection.small if projection.site.holds_consumer else small.get_submodule(block)
+            hooks.enter_context(hooked((projection.dense, dense), (fed, own)))
         layer = decoder_layer(model, sites[0].site)
         for trace in traces:
             trace.calls[index].run_until(layer, trace.dense)
             for projection, (dense, own) in zip(sites, taps, strict=True):
-                projection.add(dense.input, own.input, dense.output, trace.real, method)
+                features = own.input if projection.site.holds_consumer else own.output
+                projection.add(dense.input, features, dense.output, trace.real, method)
 
 
 def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, before: Sequence[Site], index: int,
@@ -232,23 +234,26 @@ def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, bef
     """Adds all tokens of one site: each model's sub-layer gets its own model's inputs.
 
     The small model's residual stream is off by what its sub-layers before have failed to give. That is added to what
-    the projection should give, so that the stream is right again afterwards.
+    the projection should give, so that the stream is right again afterwards (with a norm after the sum: what enters
+    that is).
     """
-    layers = [(m, decoder_layer(m, projection.site)) for m in (model, small)]
-    earlier = [[Tap() for _ in before] for _ in layers]
-    ends = [Tap(stop=True) for _ in layers]
+    owners = [(m, decoder_layer(m, projection.site)) for m in (model, small)]
+    earlier = [[Tap() for _ in before] for _ in owners]
+    ends = [Tap(stop=True) for _ in owners]
     wide = projection.folded.dtype
     with ExitStack() as hooks:
-        for (owner, _), taps, end in zip(layers, earlier, ends, strict=True):
+        for (owner, _), taps, end in zip(owners, earlier, ends, strict=True):
             pairs = [(leaf_module(owner, s.consumer), tap) for s, tap in zip(before, taps, strict=True)]
             hooks.enter_context(hooked(*pairs, (leaf_module(owner, projection.site.consumer), end)))
         for trace in traces:
-            trace.calls[index].run_until(layers[0][1], trace.dense)
-            trace.calls[index].run_until(layers[1][1], trace.small)
-            behind = trace.dense.to(wide) - trace.small.to(wide)
-            for dense, own in zip(*earlier, strict=True):
-                behind = behind + (dense.output.to(wide) - own.output.to(wide))
-            projection.add(ends[0].input, ends[1].input, ends[0].output + behind, trace.real, method)
+            trace.calls[index].run_until(owners[0][1], trace.dense)
+            trace.calls[index].run_until(owners[1][1], trace.small)
+            starts = trace.dense.to(wide), trace.small.to(wide)
+            now, own = (
+                stream(owner, before, start, [tap.output for tap in taps])
+                for (owner, _), start, taps in zip(owners, starts, earlier, strict=True)
+            )
+            projection.add(ends[0].input, ends[1].input, ends[0].output + (now - own), trace.real, method)
 
 
 def _advance(model: nn.Module, small: nn.Module, layer: Sequence[Site], index: int, traces: Sequence[Trace],
@@ -259,7 +264,8 @@ def _advance(model: nn.Module, small: nn.Module, layer: Sequence[Site], index: i
         with hooked(*((leaf_module(model, s.consumer), tap) for s, tap in zip(layer, taps, strict=True))):
             hidden = trace.calls[index].run(decoder_layer(model, layer[0]), trace.dense)
         if number == 0:
-            trace.check(hidden, sum((tap.output for tap in taps), trace.dense) if sequential else None, index)
+            outputs = [tap.output for tap in taps]
+            trace.check(hidden, stream(model, layer, trace.dense, outputs) if sequential else None, index)
         trace.dense = hidden
         if sequential:
             trace.small = trace.calls[index].run(decoder_layer(small, layer[0]), trace.small)

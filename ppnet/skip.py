@@ -64,6 +64,7 @@ class Engine:
         bypass: passes are the plain model's, without any gate or amplitude.
         by_index: without gradients, a size is computed from the whole weights through indices (`ppnet.accelerate`).
         stale: what is bound may not be what the next pass needs.
+        calls: how the sub-layers were called whose output is another module's, from one to the other.
     """
 
     model: nn.Module
@@ -76,19 +77,23 @@ class Engine:
     active: list[SitePass | None] = field(default_factory=list)
     bound: bool = False
     versions: tuple[tuple[int, int], ...] = ()
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     pending: weakref.ref[PendingBackward] | None = None
     watch: RemovableHandle | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         import copy
 
-        clone = Engine(copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo), self.fixed)
-        clone.by_index = self.by_index
-        return clone
+        model, puppet = copy.deepcopy(self.model, memo), copy.deepcopy(self.puppet, memo)
+        # The copy of the puppet may not be complete yet, if it is on the way to the hook that led here.
+        return Engine(model, puppet, self.fixed, by_index=self.by_index, active=[None] * len(self.sites))
 
     def __post_init__(self) -> None:
-        self.sites = self.puppet.structure.sites
-        self.active = [None] * len(self.sites)
+        self.active = self.active or [None] * len(self.sites)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.puppet.structure.sites
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 
@@ -214,9 +219,7 @@ class Engine:
         return gated._ppnet_binding
 
     def set_attributes(self, site: Site, units: int) -> None:
-        block = self.model.get_submodule(site.block)
-        for name, value in site.attributes(units).items():
-            setattr(block, name, value)
+        site.set_attributes(self.model, units)
 
     # ---- binding -------------------------------------------------------------------------------------------------
 
@@ -306,17 +309,24 @@ class Engine:
 
     def scale_input(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Sub-layer pre-hook: multiplies the sub-layer's input by f^in."""
-        site_pass = self.active[index]
-        if site_pass is None or site_pass.input_scale is None:
+        site_pass, site = self.active[index], self.sites[index]
+        if site_pass is None:
             return None
-        x = sub_layer_input(args, kwargs)
-        return with_sub_layer_input(args, kwargs, x * site_pass.input_scale.to(x.dtype))
+        scaled = None
+        if site_pass.input_scale is not None:
+            x = sub_layer_input(args, kwargs)
+            scaled = with_sub_layer_input(args, kwargs, x * site_pass.input_scale.to(x.dtype))
+        if site.output != site.block and site_pass.dropped is not None and torch.is_grad_enabled():
+            self.calls[index] = scaled or (args, kwargs)
+        return scaled
 
     def attach_dropped(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Sub-layer hook: adds the node whose backward estimates the gate gradient of the dropped units."""
-        site_pass = self.active[index]
+        """Hook on a sub-layer's output: adds the node whose backward estimates the gate gradient of dropped units."""
+        site_pass, site = self.active[index], self.sites[index]
         if site_pass is None or site_pass.dropped is None or not torch.is_grad_enabled():
             return None
+        if site.output != site.block:
+            args, kwargs = self.calls.pop(index)
         y = output[0] if isinstance(output, tuple) else output
         y = straight_through(y, site_pass.dropped, args, kwargs)
         return (y, *output[1:]) if isinstance(output, tuple) else y

@@ -149,7 +149,9 @@ def _unit_outputs(
         consumer.capture = captured
         engine.set_attributes(site, len(dropped.units))
         # The forward itself, not __call__: the hooks of the gated pass must not run here.
-        block.forward(x, *args, **{name: value for name, value in kwargs.items() if name != "hidden_states"})
+        output = block.forward(x, *args, **{name: value for name, value in kwargs.items() if name != "hidden_states"})
+        if not site.holds_consumer:
+            captured.append(output)
     finally:
         consumer.capture = None
         for binding, weight, bias, kept in saved:

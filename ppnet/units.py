@@ -70,13 +70,16 @@ class Site:
     """The units of one kind in one sub-layer.
 
     Attributes:
-        layer: index of the decoder layer.
+        layer: index of the layer.
         kind: ``kv_group`` (one KV head with its query heads; under MHA a head) or ``neuron``.
-        block: dotted name of the sub-layer module (its forward input is what the producers read).
+        block: dotted name of the sub-layer module, a child of the layer: its forward input is what the producers read,
+            and it holds the consumer, or what it returns is what enters the consumer.
         units: U, the dense number of units.
         producers: leaves whose output features belong to units.
         consumer: the leaf whose input features belong to units.
-        attributes: kept units K -> the attributes of `block` that the family's forward reads.
+        attributes: kept units K -> the attributes of `block` that say its width, dotted where a child has them.
+        norm: post-norm families: dotted name of the norm that is taken of the sub-layer's input plus the consumer's
+            output. Empty: the consumer's output is what is added to the residual stream.
     """
 
     layer: int
@@ -86,6 +89,7 @@ class Site:
     producers: tuple[Leaf, ...]
     consumer: Leaf
     attributes: Callable[[int], Mapping[str, int]]
+    norm: str = ""
 
     @property
     def name(self) -> str:
@@ -95,8 +99,24 @@ class Site:
     def leaves(self) -> tuple[Leaf, ...]:
         return (*self.producers, self.consumer)
 
+    @property
+    def output(self) -> str:
+        """The module whose output is what the units give to the residual stream."""
+        return self.consumer.name if self.norm else self.block
+
+    @property
+    def holds_consumer(self) -> bool:
+        """Whether the consumer is inside of `block`."""
+        return self.consumer.name.startswith(f"{self.block}.")
+
     def leaf(self, role: str) -> Leaf | None:
         return next((leaf for leaf in self.leaves if leaf.role == role), None)
+
+    def set_attributes(self, model: nn.Module, kept: int) -> None:
+        """Tells the modules of a model that the site has `kept` units."""
+        for name, value in self.attributes(kept).items():
+            owner, _, attribute = f"{self.block}.{name}".rpartition(".")
+            setattr(model.get_submodule(owner), attribute, value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,7 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     the model is dense until `ppnet.resize`.
 
     Args:
-        model: a dense decoder of a supported family (`ppnet.families`).
+        model: a dense model of a supported family (`ppnet.families`).
         config: options; None: `PuppetConfig()`.
 
     Returns:
@@ -123,9 +123,9 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     fuse_mlps(model, structure.sites)
     use_attention(model, TRAINING)
     for index, site in enumerate(structure.sites):
-        block = model.get_submodule(site.block)
+        block, output = model.get_submodule(site.block), model.get_submodule(site.output)
         block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
-        block.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
+        output.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
     return model
 
 
@@ -162,7 +162,8 @@ def strip(model: Model) -> Model:
             unpatch_leaf(leaf_module(model, leaf))
         block = model.get_submodule(site.block)
         unfuse_mlp(block)
-        _remove_hooks(block, lambda hook: isinstance(hook, SubLayerHook))
+        for module in (block, model.get_submodule(site.output)):
+            _remove_hooks(module, lambda hook: isinstance(hook, SubLayerHook))
     _remove_hooks(model, lambda hook: getattr(hook, "__self__", None) is engine)
     host: Any = model
     if getattr(host.config, "_attn_implementation", None) == TRAINING:

@@ -6,21 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from ppnet.families import FAMILIES
 from ppnet.units import Structure
 
 MODEL_TYPES = sorted(FAMILIES)
+DECODERS = [model_type for model_type in MODEL_TYPES if FAMILIES[model_type].decoder]
 TOLERANCE = 4e-6
 """Of the logits of tiny models in float32 that were added up in another order."""
+
+
+def auto_class(model_type: str) -> Any:
+    """The Auto class of a family's language models."""
+    return AutoModelForCausalLM if FAMILIES[model_type].decoder else AutoModelForMaskedLM
 
 
 def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A tiny random model in evaluation mode, with non-zero biases and norms so that mistakes in them show."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type].tiny_configs(model_type), **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    return randomised(auto_class(model_type).from_config(config)).to(dtype).eval()
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The same model with random weights, non-zero biases and norms that are not 1."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -30,7 +40,7 @@ def tiny(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **c
             else:
                 # Larger than the usual 0.02, so that every unit matters to the logits.
                 parameter.normal_(std=0.15)
-    return model.to(dtype).eval()
+    return model
 
 
 def token_ids(batch: int = 3, length: int = 17, seed: int = 1, vocabulary: int = 96) -> Tensor:

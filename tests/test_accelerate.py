@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, TOLERANCE, generate, logits, tiny, token_ids
+from helpers import DECODERS, TOLERANCE, generate, logits, tiny, token_ids
 
 import ppnet.extension as extension
 from ppnet import accelerate, compact, decelerate, pages, resize, wrap
@@ -42,7 +42,7 @@ def used(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_dense_model_decodes_the_same(model_type, used):
     model, ids = tiny(model_type), token_ids(2, 5)
     mask = torch.ones_like(ids)
@@ -61,7 +61,7 @@ def test_dense_model_decodes_the_same(model_type, used):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_every_size_on_the_same_weights(model_type):
     """A resized model computes through indices: no copies of weights, same logits, tokens and gates as before."""
     ids, model = token_ids(2, 7), wrap(tiny(model_type))
@@ -169,7 +169,7 @@ def test_float64_runs_the_librarys_products():
     assert (logits(accelerate(model), ids) - expected).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DECODERS)
 @pytest.mark.parametrize(
     "learns", ["bias", ("down_proj.weight", "mlp.c_proj.weight"), ("v_proj.weight", "c_attn.weight")], ids=str
 )

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, TOLERANCE, generate, logits, tiny, token_ids
+from helpers import DECODERS, TOLERANCE, generate, logits, tiny, token_ids
 from transformers import AutoModelForCausalLM
 
 from ppnet import accelerate, decelerate, resize, unwrap, wrap
@@ -148,7 +148,7 @@ def test_a_pickled_model_is_the_same(form, tmp_path):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["config", "copy of config"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_a_model_made_from_the_config_computes_as_with_sdpa(model_type, shared):
     model, ids = tiny(model_type), token_ids(2, 5)
     mask = torch.ones_like(ids)

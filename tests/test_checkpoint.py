@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, tiny
+from helpers import MODEL_TYPES, auto_class, tiny
 from plans import batch, logits, plan_of, random_plan
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, set_seed
@@ -60,7 +60,7 @@ def test_gated_model_round_trip(model_type, preset, tmp_path, caplog):
     plan = ppnet.plan(model, 0.8)
     assert ppnet.plan(reloaded, 0.8).kept == plan.kept
     assert torch.equal(logits(compact(reloaded, plan), batch()), logits(compact(model, plan), batch()))
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
+    dense = auto_class(model_type).from_pretrained(tmp_path / "gated")
     assert torch.equal(logits(dense, batch()), logits(ppnet.unwrap(model), batch()))
 
 
@@ -146,11 +146,11 @@ def test_folders_that_are_not_models(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a JSON list"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}')
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         load(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="model_type 'bert'; supported are gpt2, llama"):
+    with pytest.raises(CheckpointError, match="model_type 'electra'; supported are bert, gpt2, llama"):
         load(tmp_path)
 
 

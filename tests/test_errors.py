@@ -30,10 +30,10 @@ def compacted():
     return ppnet.compact(model, 0.6, scores=scores, allocation="global")
 
 
-def bert():
-    from transformers import BertConfig, BertModel
+def electra():
+    from transformers import ElectraConfig, ElectraModel
 
-    return BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    return ElectraModel(ElectraConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
 
 
 class Quantised(nn.Linear):
@@ -60,7 +60,10 @@ def unequal_groups():
 
 
 MODELS = {
-    "unknown": (bert, r"model_type 'bert' is not supported\. Supported: gpt2, llama.*add one file to ppnet/families/"),
+    "unknown": (
+        electra,
+        r"model_type 'electra' is not supported\. Supported: bert, gpt2, llama.*add one file to ppnet/families/",
+    ),
     "compacted": (compacted, r"model_type is 'ppnet_llama', so this model was already compacted.*the dense model"),
     "quantised": (
         quantised,

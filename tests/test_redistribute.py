@@ -7,10 +7,9 @@ import json
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, tiny
+from helpers import MODEL_TYPES, auto_class, tiny
 from plans import batch, logits, plan_of, random_plan, relative
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import ppnet
 from ppnet.compact import compact
@@ -316,7 +315,7 @@ def test_reloads_in_plain_transformers(model_type: str, tie: bool, tmp_path) -> 
     small = compact(model, random_plan(model), redistribute=data())
     assert relative(logits(compact(model, random_plan(model)), batch()), logits(small, batch())) > 1e-3
     ppnet.save(small, tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = auto_class(model_type).from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, batch()), logits(small, batch()))
 
 

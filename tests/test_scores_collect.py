@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, tiny, token_ids
+from helpers import DECODERS, tiny, token_ids
 from scoring import DATA_METHODS, IDS, REWARDED, options_of
 
 import ppnet
@@ -32,7 +32,7 @@ def close(one, other, rtol=1e-9):
             )
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_batches_and_padding_do_not_matter(model_type):
     model = tiny(model_type, dtype=torch.float64)
     alone = score_methods(model, ROWS, FIXED, batch_size=1)

@@ -74,7 +74,7 @@ def test_gradients_of_every_parameter_equal_autograd(model_type, preset):
         assert (parameter.grad - want).abs().max() <= 3e-6 * want.abs().max() + 1e-9, name
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
 def test_gradient_checkpointing_and_padding_mask_change_nothing(model_type):
     ids = token_ids()
     mask = torch.ones_like(ids)
@@ -103,7 +103,7 @@ def record_dropped(patch):
     return recorded
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
 def test_sampled_gate_gradient_is_unbiased(model_type, monkeypatch):
     """The mean over many token samples lies within the standard error of the exact gradient, unit by unit."""
     ids = token_ids(batch=3, length=16)

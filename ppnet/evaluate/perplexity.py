@@ -22,6 +22,7 @@ from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
 from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.tokens import Bos, Data, token_sequences
+from ppnet.families import check_decoder
 from ppnet.modes import evaluating
 
 DEFAULT_WINDOW = 2048
@@ -107,8 +108,10 @@ def perplexity(
         Perplexity
 
     Raises:
+        UnsupportedModelError: the model is an encoder.
         DataError: empty or too short data, ids outside the model's vocabulary, a window or stride that does not fit.
     """
+    check_decoder(model, "perplexity of next tokens")
     length = _window_length(model, window)
     step = length if stride is None else stride
     if not 1 <= step <= length:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ppnet.errors import PPNetError
 from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
 from ppnet.evaluate.progress import Progress
+from ppnet.families import check_decoder
 from ppnet.modes import evaluating
 
 LEAST_SECONDS = 0.05  # a shorter prefill is repeated within its round, so that a scheduler's slice does not decide
@@ -140,6 +141,7 @@ def speed(
     models = [model] if baseline is None else [model, baseline]
     runs = []
     for each in models:
+        check_decoder(each, "decoding steps to time")
         context = context_of(each)
         if context is not None and prompt_tokens + new_tokens > context:
             raise PPNetError(

@@ -1,6 +1,6 @@
 """The family protocol and its registry.
 
-A family *names tensors*: for each decoder layer it returns sites made of leaves (`ppnet.units`). It never copies a
+A family *names tensors*: for each layer it returns sites made of leaves (`ppnet.units`). It never copies a
 forward: removing whole units only changes the sizes of linear modules and a few integer attributes, so the upstream
 forward keeps working. To add a family, add one file to this folder with one `@register("model_type", ...)` function and
 one `tiny_configs`; discovery, tests, masks, costs and compaction follow.
@@ -33,6 +33,9 @@ class Family:
         tiny_configs: model type -> config of a tiny random model, for tests.
         per_layer_keys: (site, kept units, dense config) -> the config entries that describe the kept width.
         stock_expressible: (site, dense config) -> whether the stock class can hold fewer units there.
+        decoder: whether its models predict the next token. Encoders have no loss of their own, read every sentence
+            whole with their tokenizer's special tokens, and do not generate.
+        parts: model -> config entries of its shipped class that say which optional parts it has.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Family:
     tiny_configs: Callable[[str], dict[str, Any]]
     per_layer_keys: Callable[[Site, int, Any], Mapping[str, int]]
     stock_expressible: Callable[[Site, Any], bool]
+    decoder: bool = True
+    parts: Callable[[nn.Module], Mapping[str, Any]] = lambda model: {}
 
 
 FAMILIES: dict[str, Family] = {}
@@ -51,6 +56,36 @@ def register(family: Family) -> Family:
     for model_type in family.model_types:
         FAMILIES[model_type] = family
     return family
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether a model, dense, gated or compacted, predicts the next token; those of unknown families are taken to."""
+    import ppnet.families  # noqa: F401  (registers every family of the folder)
+
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None)).removeprefix("ppnet_")
+    family = FAMILIES.get(model_type)
+    return family is None or family.decoder
+
+
+def predicts_tokens(model: Any) -> bool:
+    """Whether a model has a head that gives logits of tokens (B, T, V): bare models and classifiers have none."""
+    head = getattr(model, "get_output_embeddings", None)
+    return head is not None and head() is not None
+
+
+def check_decoder(model: Any, wanted: str) -> None:
+    """Refuses an encoder.
+
+    Args:
+        wanted: what only decoders have, for the message.
+
+    Raises:
+        UnsupportedModelError: the model does not predict the next token.
+    """
+    if not is_decoder(model):
+        raise UnsupportedModelError(
+            f"model: a {type(model).__name__} is an encoder, which has no {wanted}; give a causal language model."
+        )
 
 
 def no_attributes(kept: int) -> Mapping[str, int]:
@@ -64,7 +99,7 @@ def consecutive(units: int, width: int, start: int = 0) -> Tensor:
 
 
 def decoder_layers(model: nn.Module, name: str) -> Iterable[Any]:
-    """The decoder layers in the list `name`. Their classes are upstream's; a family knows their attributes."""
+    """The layers in the list `name`. Their classes are upstream's; a family knows their attributes."""
     return cast(nn.ModuleList, model.get_submodule(name))
 
 

@@ -16,6 +16,7 @@ from ppnet.evaluate.model_state import device_of, vocabulary_of
 from ppnet.evaluate.perplexity import MAX_LOGITS
 from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.tokens import IGNORED
+from ppnet.families import is_decoder, predicts_tokens
 from ppnet.modes import evaluation_mode
 from ppnet.scores.probe import Probe, input_norms, undisturbed
 from ppnet.scores.registry import ACTIVATIONS, CURVATURE, FISHER, GRADIENTS, GRAM, REWARDS, Needs
@@ -87,16 +88,22 @@ class Collector:
 
     Args:
         loss: the loss of every sequence; None: NLL of the labels, summed over a sequence's tokens.
+
+    Raises:
+        PPNetError: needs that the model or the loss cannot meet: encoders have no loss of their own.
     """
 
     def __init__(
         self, model: nn.Module, structure: Structure, needs: Needs, *, seed: int = 0, loss: Loss | None = None
     ) -> None:
         self.model, self.structure, self.needs, self.loss = model, structure, needs, loss
+        self._decoder, self._predicts = is_decoder(model), predicts_tokens(model)
+        if not self._decoder:
+            self._check_encoder()
         if loss is not None and needs & {FISHER, REWARDS}:
             raise PPNetError(
                 "loss: fisher information and rewards are taken from the likelihood of tokens; leave loss out, or use "
-                "a method that needs neither."
+                'a method that needs neither (of mama: weights={"kl": 0}).'
             )
         self.generator = torch.Generator().manual_seed(seed)
         norms = NormFinder(model, structure)
@@ -110,6 +117,23 @@ class Collector:
         self._rated: Ratings | None = None
         self._index: list[Tensor] = []
         self.tokens = self.sequences = self.predicted = 0
+
+    def _check_encoder(self) -> None:
+        name = type(self.model).__name__
+        if REWARDS in self.needs:
+            raise PPNetError(
+                f"method: rewards are of completions, and a {name} is an encoder, which writes none; use another one."
+            )
+        if FISHER in self.needs and not self._predicts:
+            raise PPNetError(
+                f"method: kl is the Fisher information of predicted tokens, and a {name} has no logits of tokens; use "
+                'another method, or leave it out of mama: weights={"kl": 0}.'
+            )
+        if GRADIENTS in self.needs and self.loss is None:
+            raise PPNetError(
+                f"loss: None, but gradients are needed and a {name} is an encoder, which has no next-token loss; give "
+                "loss=(the model's output, batch) -> (B,), one loss per sequence."
+            )
 
     def run(self, batches: Sequence[Batch], *, threshold: float | None = None, progress: bool = True) -> None:
         """Runs the model over the batches. With gradients: one forward and one backward pass, and with FISHER one more
@@ -179,7 +203,7 @@ class Collector:
     def _parts(self, batch: Batch) -> list[slice]:
         """Rows of one pass: fewer where the logits would exceed 1 GiB in float32."""
         count, length = batch["input_ids"].shape
-        step = max(1, MAX_LOGITS // (length * vocabulary_of(self.model)))
+        step = max(1, MAX_LOGITS // (length * vocabulary_of(self.model))) if self._predicts else count
         return [slice(start, start + step) for start in range(0, count, step)]
 
     # ---- one batch ---------------------------------------------------------------------------------------------------
@@ -190,7 +214,8 @@ class Collector:
         self._watched.clear()
         inputs = {"input_ids": batch["input_ids"], **({} if mask is None else {"attention_mask": mask})}
         outputs = self.model(**inputs, use_cache=False)
-        labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
+        # An encoder's positions predict their own tokens.
+        labels = F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:] if self._decoder else batch["input_ids"]
         if mask is not None:  # what follows padding on the left is predicted by nothing
             labels = labels.masked_fill(mask == 0, IGNORED)
         self._tokens = (labels != IGNORED).sum(1)

@@ -56,6 +56,8 @@ def score(
         tokenizer, length, batch_size, max_tokens, column, separator, bos: how data is read, as there.
         seed: which part of a long text is used, and what ``random`` and ``kl`` draw.
         loss: (the model's output, batch) -> losses (B,), one per sequence; None: NLL of the labels, summed over tokens.
+            Encoders (bert) have no such default: methods that need gradients need a loss. Their batches hold
+            ``input_ids``, ``attention_mask`` where padded, and ``labels`` if the data does.
         threshold: a group of completions counts for ``reward`` if its best reward reaches this.
         progress: write progress to stderr when it takes longer than two seconds.
         **options: the method's own, e.g. ``sign="token"`` of taylor, ``weights={...}`` of mama; see `ppnet.scores`.
@@ -64,7 +66,8 @@ def score(
         Scores, for ``ppnet.plan(model, size, scores=...)``.
 
     Raises:
-        PPNetError: an unknown method or option, or a model without the logits that the loss needs.
+        PPNetError: an unknown method or option, a model without the logits that the loss needs, or an encoder without
+            a loss.
         DataError: data that is missing, empty, or not the model's.
         UnsupportedModelError: as `ppnet.wrap`.
     """

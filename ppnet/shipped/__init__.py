@@ -7,6 +7,7 @@ its file here; classes are found by `model_type` (``ppnet_<base>``) and by the s
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,16 +20,16 @@ PREFIX = "ppnet_"
 
 @dataclass(frozen=True)
 class Shipped:
-    """Classes for one base model type: the config, the bare decoder (AutoModel), the language model."""
+    """Classes for one base model type: the config, and the models by the Auto class that makes them (``AutoModel`` the
+    bare one), those with a head first."""
 
     config: Any
-    model: Any
-    causal_lm: Any
+    models: Mapping[str, Any]
 
     @property
     def auto_map(self) -> dict[str, str]:
         """The `auto_map` entry of config.json: which class of the copied file each Auto class takes."""
-        classes = {"AutoConfig": self.config, "AutoModel": self.model, "AutoModelForCausalLM": self.causal_lm}
+        classes = {"AutoConfig": self.config, **self.models}
         return {auto: f"{item.__module__.rpartition('.')[2]}.{item.__name__}" for auto, item in classes.items()}
 
     def for_stock(self, stock: type) -> type:
@@ -37,12 +38,13 @@ class Shipped:
         Raises:
             UnsupportedModelError: a class with another head.
         """
-        for shipped in (self.causal_lm, self.model):
+        for shipped in self.models.values():
             if issubclass(shipped, stock):
                 return shipped
+        *most, last = [shipped.__mro__[2].__name__ for shipped in self.models.values()]
         raise UnsupportedModelError(
             f"model: a {stock.__name__} with layers of different widths cannot be written; supported are "
-            f"{self.causal_lm.__mro__[2].__name__} and {self.model.__mro__[2].__name__}, or a plan with equal widths."
+            f"{', '.join(most)} and {last}, or a plan with equal widths."
         )
 
 
@@ -52,25 +54,21 @@ def _module(model_type: str) -> ModuleType:
 
 def shipped(model_type: str) -> Shipped:
     """The classes for a base model type such as ``llama``. Imports the family's modelling file on first use."""
-    found: dict[str, Any] = {}
     classes: list[Any] = [item for item in vars(_module(model_type)).values() if isinstance(item, type)]
-    for item in classes:
-        if getattr(item, "model_type", None) == PREFIX + model_type:
-            found["AutoConfig"] = item
-    for item in classes:
-        if getattr(item, "config_class", None) is found["AutoConfig"]:
-            found[item._auto_class] = item
-    return Shipped(found["AutoConfig"], found["AutoModel"], found["AutoModelForCausalLM"])
+    config = next(item for item in classes if getattr(item, "model_type", None) == PREFIX + model_type)
+    models = {item._auto_class: item for item in classes if getattr(item, "config_class", None) is config}
+    bare = models.pop("AutoModel")
+    return Shipped(config, {**models, "AutoModel": bare})
 
 
 def _activate(model_type: str) -> Any:
     """Registers the real classes of one model type with the Auto classes; returns the config class."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
 
     classes = shipped(model_type)
-    AutoConfig.register(PREFIX + model_type, classes.config, exist_ok=True)
-    AutoModel.register(classes.config, classes.model, exist_ok=True)
-    AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
+    transformers.AutoConfig.register(PREFIX + model_type, classes.config, exist_ok=True)
+    for auto, model in classes.models.items():
+        getattr(transformers, auto).register(classes.config, model, exist_ok=True)
     return classes.config
 
 

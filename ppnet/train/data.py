@@ -121,6 +121,40 @@ def text_blocks(
     return blocks
 
 
+def sentences(
+    source: Any, tokenizer: Any, length: int, *, column: str = "text", separator: str | None = None
+) -> Iterator[Any]:
+    """Token ids of one document after the other, with the special tokens that the tokenizer puts around each.
+
+    Documents of more than `length` tokens go on in further sequences, each with its own special tokens. Empty ones are
+    left out.
+
+    Args:
+        source, column, separator: as `text_blocks` reads them.
+        tokenizer: a `transformers` tokenizer; None if the source holds token ids, which are taken as they are.
+
+    Raises:
+        DataError: as `text_blocks`, or a `length` that leaves no room between the special tokens.
+    """
+    if isinstance(source, Tensor | np.ndarray):
+        yield _checked_ids(source)
+        return
+    special = 0 if tokenizer is None else tokenizer.num_special_tokens_to_add()
+    if length <= special:
+        raise DataError(f"length: {length} leaves no room beside the tokenizer's {special} special tokens; give more.")
+    stream = iter(_documents(source, column, separator))
+    while batch := list(islice(stream, _DOCUMENTS_PER_BATCH)):
+        texts = [_text(document, column) for document in batch]
+        for text in texts:
+            if not isinstance(text, str):
+                yield _checked_ids(text)
+            elif tokenizer is None:
+                raise DataError("tokenizer: None is allowed for token ids only; give the model's tokenizer.")
+            elif text.strip():
+                pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
+                yield from pieces["input_ids"]
+
+
 def check_vocabulary(ids: Tensor, model: nn.Module, name: str = "ids") -> None:
     """Checks that token ids (any integer shape) are rows of the model's input embedding.
 

@@ -17,6 +17,7 @@ from transformers import Trainer
 from ppnet.checks import renamed
 from ppnet.errors import CheckpointError, TrainingError
 from ppnet.evaluate.tokens import IGNORED
+from ppnet.families import is_decoder, predicts_tokens
 from ppnet.modes import evaluating
 from ppnet.train.objective import DIRECTIONS, distillation_loss, hidden_loss
 from ppnet.train.trainer import PuppetTrainerMixin, aligned_targets
@@ -36,6 +37,9 @@ class Distillation:
             (`ppnet.train.objective.hidden_loss`).
         hidden_layers: indices into ``hidden_states``: 0 is what the embeddings give, l what layer l - 1 gives (the last
             one after the final norm); negative ones count from the end. None: all layers but the embeddings.
+
+    A model without logits of tokens (a bare one, a classifier) learns from hidden states alone: `hidden` must be above
+    0, and the other terms are left out.
     """
 
     weight: float = 0.9
@@ -72,8 +76,10 @@ class DistillationMixin(PuppetTrainerMixin):
     """Trains a model on the answers of a teacher: put it before a `transformers.Trainer` (or TRL's `SFTTrainer`).
 
     All terms are sums over the tokens that have labels, divided by their number in the whole optimizer step, whatever
-    the micro-batches. Training logs have ``nll``, ``distillation_kl`` and, if used, ``hidden_loss``. Evaluation is the
-    Trainer's own. Checkpoints, NaN stops and optimizer are those of `PuppetTrainerMixin`.
+    the micro-batches. Batches of an encoder may have none: all tokens count then that are not padding, each micro-batch
+    by their mean, and the NLL is unknown (``weight=1``). Training logs have ``nll``, ``distillation_kl`` and, if used,
+    ``hidden_loss``. Evaluation is the Trainer's own. Checkpoints, NaN stops and optimizer are those of
+    `PuppetTrainerMixin`.
 
     Args:
         teacher: a model, or the folder of one (dense, gated or compacted), which is loaded once, in its own dtype, onto
@@ -102,7 +108,9 @@ class DistillationMixin(PuppetTrainerMixin):
             )
         self._refuse_other_losses()
         self.teacher = self._loaded(teacher)
-        check_teacher(self.accelerator.unwrap_model(self.model), self.teacher, self.distillation)
+        student = self.accelerator.unwrap_model(self.model)
+        check_teacher(student, self.teacher, self.distillation)
+        self._decoder, self._predicts = is_decoder(student), predicts_tokens(student)
         self.teacher.eval()
 
     def _loaded(self, teacher: Any) -> nn.Module:
@@ -145,21 +153,17 @@ class DistillationMixin(PuppetTrainerMixin):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         options = self.distillation
-        targets = aligned_targets(inputs)
-        if targets is None:
-            raise TrainingError(
-                f"labels: the batch has none, only {sorted(inputs)}; distillation needs to know which tokens count "
-                "(labels of -100 do not)."
-            )
+        labels = aligned_targets(inputs, self._decoder)
+        targets = self._counted(inputs) if labels is None else labels
         batch = {name: value for name, value in inputs.items() if name not in _OF_THE_TASK}
         extra = {"output_hidden_states": True} if options.hidden > 0 else {}
         taught = self._ask(batch, extra)
         outputs = model(**{**batch, "use_cache": False}, **extra)
-        logits = outputs.logits
-        targets = targets.to(logits.device)
+        answer = outputs.logits if self._predicts else outputs.hidden_states[-1]
+        targets = targets.to(answer.device)
         micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
         scaled = self._loss_is_scaled(num_items_in_batch)
-        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        loss = answer.new_zeros((), dtype=torch.promote_types(answer.dtype, torch.float32))
 
         def term(name: str, weight: float, total: Tensor, count: int) -> Tensor:
             value = self._per_token(total, count, num_items_in_batch if scaled else None)
@@ -169,21 +173,37 @@ class DistillationMixin(PuppetTrainerMixin):
             return weight * value
 
         count = int((targets != IGNORED).sum())
-        nll = nn.functional.cross_entropy(
-            logits.flatten(0, 1).to(loss.dtype), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        loss = loss + term("nll", 1 - options.weight, nll, count)
-        if options.weight > 0:
+        if self._predicts and labels is not None:
+            nll = nn.functional.cross_entropy(
+                answer.flatten(0, 1).to(loss.dtype), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            loss = loss + term("nll", 1 - options.weight, nll, count)
+        if self._predicts and options.weight > 0:
             divergence, _ = distillation_loss(
-                logits, taught.logits.to(logits.device), targets, options.temperature, options.direction
+                answer, taught.logits.to(answer.device), targets, options.temperature, options.direction
             )
             loss = loss + term("distillation_kl", options.weight, divergence, count)
         if options.hidden > 0:
             layers = options.hidden_layers or range(1, len(outputs.hidden_states))
-            pairs = [(outputs.hidden_states[i], taught.hidden_states[i].to(logits.device)) for i in layers]
+            pairs = [(outputs.hidden_states[i], taught.hidden_states[i].to(answer.device)) for i in layers]
             distance, _ = hidden_loss([own for own, _ in pairs], [theirs for _, theirs in pairs], targets)
             loss = loss + term("hidden_loss", options.hidden, distance, count)
         return (loss, outputs) if return_outputs else loss
+
+    def _counted(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Of a batch without labels: its tokens, int64 ``(B, T)`` with -100 for padding."""
+        if self._decoder:
+            raise TrainingError(
+                f"labels: the batch has none, only {sorted(inputs)}; distillation needs to know which tokens count "
+                "(labels of -100 do not)."
+            )
+        if self._predicts and self.distillation.weight < 1:
+            raise TrainingError(
+                f"weight: {self.distillation.weight!r} leaves a share to the NLL of labels, and the batch has none, "
+                f"only {sorted(inputs)}; give labels (-100 where nothing is masked), or set weight=1."
+            )
+        mask = inputs.get("attention_mask")
+        return inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(mask == 0, IGNORED)
 
     def _ask(self, batch: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
         """The teacher's outputs: in evaluation mode, in its own dtype, on its own device, without gradients."""
@@ -201,7 +221,8 @@ def check_teacher(student: Any, teacher: Any, options: Distillation) -> None:
     """Whether a teacher can teach a student.
 
     Raises:
-        TrainingError: it is the student itself, or vocabularies, widths or layers differ where they must not.
+        TrainingError: it is the student itself, nothing would be learnt, or vocabularies, widths or layers differ where
+            they must not.
     """
     if teacher is student:
         raise TrainingError("teacher: is the student itself; give the dense model, or a copy made before training.")
@@ -211,7 +232,17 @@ def check_teacher(student: Any, teacher: Any, options: Distillation) -> None:
             f"teacher: its vocabulary has {theirs.shape[0]:,} tokens, the student's {own.shape[0]:,}; the teacher must "
             "be the model that the student was made from, or one with the same tokenizer."
         )
+    if options.weight > 0 and predicts_tokens(student) and not predicts_tokens(teacher):
+        raise TrainingError(
+            f"teacher: a {type(teacher).__name__} has no logits of tokens, which weight={options.weight!r} asks for; "
+            "give the dense model with its head, or weight=0 and hidden=1."
+        )
     if options.hidden == 0:
+        if not predicts_tokens(student):
+            raise TrainingError(
+                f"hidden: 0, and a {type(student).__name__} has no logits of tokens to learn; set hidden=1, so that it "
+                "learns the teacher's hidden states."
+            )
         return
     depth = student.config.num_hidden_layers
     if own.shape[1] != theirs.shape[1] or depth != teacher.config.num_hidden_layers:

@@ -40,7 +40,8 @@ class Sequences(torch.utils.data.Dataset):
             for row in range(len(batch["input_ids"])):
                 # Padding that the batch needed is left out; the next batch pads anew.
                 real = slice(None) if mask is None else mask[row].bool()
-                self.rows.append({name: batch[name][row][real] for name in ("input_ids", "labels")})
+                names = [name for name in ("input_ids", "labels") if name in batch]
+                self.rows.append({name: batch[name][row][real] for name in names})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,7 +65,7 @@ def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One batch of sequences, padded on the right, with a mask if there is padding."""
     batch = {
         name: pad_sequence([row[name] for row in rows], batch_first=True, padding_value=PADDING[name])
-        for name in ("input_ids", "labels")
+        for name in rows[0]
     }
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     longest = int(lengths.max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ppnet.errors import PPNetError
+from ppnet.families import is_decoder
 
 
 def with_lora(model: Any, lora: int | Any) -> Any:
@@ -27,8 +28,8 @@ def with_lora(model: Any, lora: int | Any) -> Any:
         if lora < 1:
             raise PPNetError(f"lora: the rank must be at least 1, got {lora}.")
         lora = peft.LoraConfig(
-            r=lora, lora_alpha=2 * lora, target_modules="all-linear", task_type="CAUSAL_LM",
-            fan_in_fan_out=_stores_inputs_first(model),
+            r=lora, lora_alpha=2 * lora, target_modules="all-linear", fan_in_fan_out=_stores_inputs_first(model),
+            task_type="CAUSAL_LM" if is_decoder(model) else "FEATURE_EXTRACTION",
         )  # fmt: skip
     elif not isinstance(lora, peft.LoraConfig):
         raise PPNetError(f"lora: {lora!r} is neither a rank nor a peft.LoraConfig.")

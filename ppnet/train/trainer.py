@@ -19,6 +19,7 @@ from transformers import (
 
 from ppnet.checks import renamed
 from ppnet.errors import PPNetError, TrainingError
+from ppnet.families import is_decoder
 from ppnet.modes import evaluating
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
@@ -68,11 +69,15 @@ def _logits(outputs: Any) -> Tensor | None:
     return outputs.get("logits") if isinstance(outputs, Mapping) else None
 
 
-def aligned_targets(inputs: Mapping[str, Any]) -> Tensor | None:
-    """What each position is to predict, int64 ``(B, T)`` with -100 where nothing; None if the batch has no labels."""
+def aligned_targets(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | None:
+    """What each position is to predict, int64 ``(B, T)`` with -100 where nothing; None if the batch has no labels.
+
+    Args:
+        shifted: a position's label is the token after it; False for encoders, whose labels stand where they count.
+    """
     targets = inputs.get("shift_labels")
     if targets is None and inputs.get("labels") is not None:
-        targets = shift_labels(inputs["labels"])
+        targets = shift_labels(inputs["labels"]) if shifted else inputs["labels"]
     return targets
 
 
@@ -178,7 +183,7 @@ class PuppetTrainerMixin(CheckpointMixin):
     ) -> Tensor:
         """T^2 * KL(dense || gated) per target token: over `num_items_in_batch` if given, else over the micro-batch."""
         config = self.puppet.config
-        logits, targets = _logits(outputs), aligned_targets(inputs)
+        logits, targets = _logits(outputs), aligned_targets(inputs, is_decoder(self.puppet.root))
         if logits is None or targets is None:
             missing = "logits in the model's output" if logits is None else "labels in the batch"
             raise TrainingError(

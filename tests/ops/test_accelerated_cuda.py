@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from decoding import FUSED, LAYERS, Calls, pair, step
-from helpers import MODEL_TYPES, TOLERANCE, generate, tiny, token_ids
+from helpers import DECODERS, TOLERANCE, generate, tiny, token_ids
 from plans import random_plan
 
 from ppnet import accelerate, compact, resize, wrap
@@ -17,7 +17,7 @@ def as_exact(ours, own, exact):
     return bool(error <= 2 * own_error + TOLERANCE)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_steps(model_type, device):
     plain, model = (each.to(device) for each in pair(model_type))
     for sequences, new in ((2, 1), (1, 3)):
