@@ -106,7 +106,7 @@ class RewardMovementMixin:
         newest = resume_from_checkpoint is True
         found = get_last_checkpoint(trainer.args.output_dir) if newest else resume_from_checkpoint
         if found:
-            self._restore(Path(found))
+            self._restore(Path(str(found)))
         host, _ = probe_target(trainer.accelerator.unwrap_model(trainer.model))
         self._probe = Probe(host, self._structure.sites, sink=self._sink)
         self._probe.active = False
