@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ppnet.calibration import calibration_batches
     from ppnet.reporting import report
     from ppnet.scores.result import Scores
-    from ppnet.scores.score import score
+    from ppnet.scores.score import score, score_methods
     from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ _LAZY = {
     "evaluate": "ppnet.evaluate",
     "Scores": "ppnet.scores",
     "score": "ppnet.scores",
+    "score_methods": "ppnet.scores",
     "scores": "ppnet.scores",
 }
 
@@ -68,6 +69,7 @@ __all__ = [
     "resize",
     "save",
     "score",
+    "score_methods",
     "scores",
     "size_curve",
     "unwrap",

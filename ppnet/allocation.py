@@ -8,7 +8,8 @@ achieved size is monotone in the asked one, and misses it by less than one unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -106,8 +107,29 @@ def finite(keys: Sequence[Tensor], structure: Structure, source: str) -> list[Te
     return list(keys)
 
 
-def score_keys(scores: Mapping[str, Any], structure: Structure) -> list[Tensor]:
+def given_scores(scores: Any) -> Mapping[str, Any]:
+    """Scores, or those of a file's name.
+
+    Raises:
+        PlanError: something else. CheckpointError: not a file of scores.
+    """
+    if isinstance(scores, str | os.PathLike):
+        from ppnet.scores import Scores
+
+        return Scores.load(scores)
+    if not isinstance(scores, Mapping):
+        raise PlanError(
+            f"scores: a {type(scores).__name__}; give ppnet.Scores, the name of a file of them, or a mapping of site "
+            "name -> one score per unit."
+        )
+    return scores
+
+
+def score_keys(scores: Mapping[str, Any], structure: Structure, known: Collection[str] = ()) -> list[Tensor]:
     """Given scores as float64 (U,) per site.
+
+    Args:
+        known: names of further sites of the model, whose scores are left out.
 
     Raises:
         PlanError: scores of another model, of sites that are not there, missing ones, or not one finite number a unit.
@@ -118,7 +140,7 @@ def score_keys(scores: Mapping[str, Any], structure: Structure) -> list[Tensor]:
             f"scores: were made for model_type {made_for!r}, the model is {structure.model_type!r}; score this model "
             "with ppnet.score(model, data)."
         )
-    strangers = sorted(map(str, scores.keys() - {site.name for site in structure.sites}))
+    strangers = sorted(map(str, scores.keys() - {site.name for site in structure.sites} - set(known)))
     if strangers:
         raise PlanError(f"scores: {strangers[:3]} are no sites of this model; ppnet.inspect(model) lists them.")
     keys = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ppnet.chats import chat_column, chat_lines, templated
 from ppnet.checks import integer, renamed
 from ppnet.errors import DataError
 from ppnet.evaluate.model_state import context_of
@@ -49,7 +50,8 @@ def calibration_batches(
     Text is joined and cut into blocks of `length` tokens. Sequences of ids, and rows of a dataset that has
     ``input_ids``, stay sequences of their own (cut at `length`), padded on the right. So do the rows of ready batches:
     what their mask leaves out at either end is dropped, so that a sequence begins at position 0 however it was padded.
-    Rows with rewards or groups are never cut.
+    Rows with rewards or groups are never cut. Rows of ``messages`` (``{"role": ..., "content": ...}``) are sequences,
+    too: whole conversations as the tokenizer's chat template writes them.
 
     An encoder (`ppnet.families.is_decoder`) reads text document by document instead, with its tokenizer's special
     tokens ([CLS] and [SEP]) around each: a list of sentences gives padded batches of these, in their order. Longer
@@ -59,7 +61,7 @@ def calibration_batches(
         model: ids are checked against its vocabulary, `length` against its context.
         data: text or the name of a text file (a string is a name if such a file exists or if it can only be one); a
             path; a list of texts or of paths; token ids: 1-D (joined text), 2-D or a list of sequences; a
-            `datasets.Dataset` or any iterable of mappings with `column` or ``input_ids`` (and ``labels``,
+            `datasets.Dataset` or any iterable of mappings with `column`, ``messages`` or ``input_ids`` (and ``labels``,
             ``attention_mask``); an iterable of batches, e.g. a DataLoader; or one batch.
         tokenizer: the model's tokenizer; None if the data holds token ids.
         length: most tokens per sequence; None: 512, or what the model's context or a shorter text allows.
@@ -67,7 +69,7 @@ def calibration_batches(
         max_tokens: about as many tokens are used (whole sequences, at least one, and whole groups); None: all.
         seed: text has more than `max_tokens` tokens: which blocks are used, drawn from the first 16 x `max_tokens`.
             Sequences, rows and batches are taken in their order, and so is an encoder's text.
-        column: key of the text in mappings.
+        column: key of the text, or of the messages, in mappings and ``.jsonl`` lines.
         separator: text between the documents of a text file, e.g. ``"<|endoftext|>"``.
         bos: put the beginning-of-sequence token before every document; None: if the tokenizer does so by itself. Not
             for encoders, whose tokenizers place all special tokens.
@@ -80,7 +82,7 @@ def calibration_batches(
     Raises:
         DataError: nothing to read, sequences of fewer than 2 tokens only, ids outside the vocabulary, tensors of
             different shapes, positions that do not count from a sequence's start, rewarded sequences longer than
-            `length`, or data of an unknown type.
+            `length`, chats without a chat template, or data of an unknown type.
     """
     # Here, since `ppnet.train` brings transformers' trainer, and callbacks that build on this module.
     from ppnet.train.data import check_vocabulary, sentences, text_blocks
@@ -96,7 +98,7 @@ def calibration_batches(
         raise DataError(f"length: {length:,} tokens are more than the model's context of {context:,}; give less.")
     most = min(length or DEFAULT_LENGTH, context or DEFAULT_LENGTH)
     scanned = isinstance(data, Sized)
-    data, rows = _rows(data)
+    data, rows = _rows(data, tokenizer, column)
     decoder = is_decoder(model)
     if rows is not None:
         # Sequences given as ids may be as long as the model allows.
@@ -160,12 +162,13 @@ def _sequence_batches(
     return [batch for run in _alike(_limited(sequences, max_tokens, scanned)) for batch in _padded(run, batch_size)]
 
 
-def _rows(data: Any) -> tuple[Any, Iterable[Any] | None]:
+def _rows(data: Any, tokenizer: Any, column: str) -> tuple[Any, Iterable[Any] | None]:
     """The data and, if it holds sequences of ids rather than text, an iterable of them."""
     if isinstance(data, str) and not looks_like_a_path(data):
         if not data.strip():
             raise DataError("data: the given text is empty; give text with at least two tokens.")
         return [data], None
+    data = chat_lines(data, column) or data
     if isinstance(data, str | os.PathLike):
         return data, None
     if isinstance(data, bytes | bytearray):
@@ -187,6 +190,9 @@ def _rows(data: Any) -> tuple[Any, Iterable[Any] | None]:
     if isinstance(first[0], int | np.integer) and not isinstance(first[0], bool):
         return torch.tensor([*first, *stream]), None
     everything = chain(first, stream)
+    chats = chat_column(first[0], column)
+    if chats is not None:
+        return data, templated(everything, tokenizer, chats)
     ids = "input_ids" in first[0] if isinstance(first[0], Mapping) else not isinstance(first[0], str | os.PathLike)
     if ids:
         return data, everything

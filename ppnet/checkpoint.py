@@ -19,12 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppnet.errors import CheckpointError, PPNetError
-from ppnet.families import FAMILIES
+from ppnet.families import FAMILIES, structure_of
 from ppnet.files import atomic_directory
 from ppnet.gates import PuppetConfig
 from ppnet.plan import Plan
 from ppnet.shipped import PREFIX, shipped
-from ppnet.wrap import wrap
+from ppnet.wrap import attach, select_kinds
 
 PLAN_FILE = "ppnet_plan.json"
 CONFIG_FILE = "config.json"
@@ -291,7 +291,7 @@ def _attach_gates(model: Any, path: Path, options: Any, gates: dict[str, Tensor]
         puppet_config = PuppetConfig.from_dict(options)
     except (PPNetError, TypeError) as error:
         raise CheckpointError(f"path: the entry 'ppnet' of {path / CONFIG_FILE} is damaged: {error}") from error
-    wrap(model, puppet_config)
+    attach(model, select_kinds(structure_of(model), puppet_config.kinds), puppet_config)
     expected = model.puppet.state_dict()
     wrong = sorted(set(gates) ^ set(expected)) or sorted(n for n in gates if gates[n].shape != expected[n].shape)
     if wrong:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ppnet.cost import Cost, CostModel, cost_model
+from ppnet.gates.config import SCORES
 from ppnet.units import Structure
 from ppnet.wrap import engine_of, is_wrapped, structure_for
 
@@ -24,6 +25,7 @@ class Inspection:
     costs: CostModel
     gated: bool
     kept: dict[str, int]
+    importance: str | None = None
 
     @property
     def smallest(self) -> Cost:
@@ -40,6 +42,7 @@ class Inspection:
             "width": structure.width,
             "vocabulary": structure.vocabulary,
             "gated": self.gated,
+            "importance": self.importance,
             "cost": {
                 "dense": costs.dense.to_dict(),
                 "fixed": costs.fixed.to_dict(),
@@ -69,7 +72,8 @@ class Inspection:
             title=f"{self.model_class} ({structure.model_type}): {structure.layers} layers, width {structure.width}, "
             f"{dense.params:,} params, {'gated' if self.gated else 'not gated'}",
             caption=f"never removed: {costs.fixed.params:,} params ({costs.fixed.params / dense.params:.1%}); "
-            f"smallest possible: {self.smallest.params:,} ({self.smallest.params / dense.params:.1%})",
+            f"smallest possible: {self.smallest.params:,} ({self.smallest.params / dense.params:.1%})"
+            + (f"\nimportance inside the gates: {self.importance}" if self.gated else ""),
         )
         for name, justify in (("site", "left"), ("module", "left"), ("units", "right"), ("kept", "right"),
                               ("params/unit", "right"), ("share of params", "right")):  # fmt: skip
@@ -104,4 +108,10 @@ def inspect(model: nn.Module) -> Inspection:
     costs = cost_model(model, structure)
     fixed = engine_of(model).fixed if gated else None
     kept = {site.name: site.units if fixed is None else len(fixed.kept[site.name]) for site in structure.sites}
-    return Inspection(type(model).__name__, structure, costs, gated, kept)
+    importance = None
+    if gated:
+        config = engine_of(model).puppet.config
+        importance = config.importance
+        if importance == SCORES:
+            importance += f", ranked within each {config.normalise_scores}"
+    return Inspection(type(model).__name__, structure, costs, gated, kept, importance)

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppnet.allocation import allocated, check_allocation, fill_to, finite, least_units, multiples_of, score_keys
+from ppnet.allocation import (
+    allocated,
+    check_allocation,
+    fill_to,
+    finite,
+    given_scores,
+    least_units,
+    multiples_of,
+    score_keys,
+)
 from ppnet.cost import Cost, CostModel, cost_model
 from ppnet.errors import PlanError, PPNetError, SizeError
 from ppnet.gates.puppet import Puppet
@@ -77,24 +86,6 @@ def _magnitude_keys(model: nn.Module, structure: Structure) -> list[Tensor]:
 
     with torch.no_grad():
         return finite(magnitudes(model, structure), structure, "weights")
-
-
-def _given_scores(scores: Any) -> Mapping[str, Any]:
-    """Scores, or those of a file's name.
-
-    Raises:
-        PlanError: something else. CheckpointError: not a file of scores.
-    """
-    if isinstance(scores, str | os.PathLike):
-        from ppnet.scores import Scores
-
-        return Scores.load(scores)
-    if not isinstance(scores, Mapping):
-        raise PlanError(
-            f"scores: a {type(scores).__name__}; give ppnet.Scores, the name of a file of them, or a mapping of site "
-            "name -> one score per unit."
-        )
-    return scores
 
 
 def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
@@ -167,7 +158,7 @@ def plan(
     elif scores is None:
         keys, source = _magnitude_keys(model, structure), "magnitude"
     else:
-        scores = _given_scores(scores)
+        scores = given_scores(scores)
         keys, source = score_keys(scores, structure), str(getattr(scores, "method", "scores"))
     multiples = multiples_of(multiple_of, structure)
     least = least_units(floor, structure, multiples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.errors import PPNetError, UnsupportedModelError
 from ppnet.families import structure_of
 from ppnet.gates import Puppet, PuppetConfig
+from ppnet.gates.config import SCORES
+from ppnet.gates.given import importance_of
 from ppnet.skip import Engine
 from ppnet.units import Site, Structure, leaf_module
 
@@ -73,7 +77,12 @@ def structure_for(model: nn.Module) -> Structure:
     return engine_of(model).puppet.structure if is_wrapped(model) else structure_of(model)
 
 
-def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
+def wrap(
+    model: Model,
+    config: PuppetConfig | None = None,
+    *,
+    scores: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+) -> Model:
     """Attaches gates to a Hugging Face model, in place.
 
     The class, the weights and their names stay; all gate parameters live in ``model.puppet`` and are saved with the
@@ -83,6 +92,10 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     Args:
         model: a dense model of a supported family (`ppnet.families`).
         config: options; None: `PuppetConfig()`.
+        scores: the importance of the units inside the gates, instead of one that is read off the weights:
+            `ppnet.Scores` of this model, the name of a file of them, or any mapping of site name -> one number per
+            unit, higher stays. Only their order counts, within each site or kind (`PuppetConfig.normalise_scores`). It
+            is saved with the gates, and stays as it is while weights train. Implies ``importance="scores"``.
 
     Returns:
         The same model.
@@ -90,7 +103,9 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
     Raises:
         UnsupportedModelError: already gated, already compacted, quantised, with adapters, or of an unknown family. The
             model is unchanged then.
-        PPNetError: `config` is not a `PuppetConfig`, or names an unknown importance.
+        PPNetError: `config` is not a `PuppetConfig`, or names an unknown importance; scores beside another importance,
+            or none with ``importance="scores"``.
+        PlanError, CheckpointError: scores that do not fit the model, or not a file of them, as in `ppnet.plan`.
     """
     if config is None:
         config = PuppetConfig()
@@ -106,7 +121,36 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
             f"model: this {type(model).__name__} is accelerated; call ppnet.decelerate(model) first, then wrap it, and "
             "accelerate it again if you want."
         )
-    structure = select_kinds(structure_of(model), config.kinds)
+    structure, config, importance = fit(model, config, scores)
+    attach(model, structure, config)
+    if importance is not None:
+        host: Any = model
+        host.puppet.given_importance.copy_(importance)
+    return model
+
+
+def fit(model: nn.Module, config: PuppetConfig, scores: Any) -> tuple[Structure, PuppetConfig, Tensor | None]:
+    """What `wrap` attaches to a dense model: the gated sites, the options, the importance that scores give (U,).
+
+    Raises:
+        as `wrap`; the model is not changed.
+    """
+    whole = structure_of(model)
+    structure = select_kinds(whole, config.kinds)
+    if scores is not None:
+        config = config.with_scores()
+        names = [site.name for site in whole.sites]
+        return structure, config, importance_of(scores, structure, config.normalise_scores, known=names)
+    if config.importance == SCORES:
+        raise PPNetError(
+            "scores: None, but importance='scores' takes the importance of the units from them; give "
+            "ppnet.wrap(model, config, scores=ppnet.score(model, data, tokenizer=...)), or the name of a file of them."
+        )
+    return structure, config, None
+
+
+def attach(model: nn.Module, structure: Structure, config: PuppetConfig) -> None:
+    """Attaches gates to some sites of a dense model: the container, the hooks and the patched forwards."""
     puppet = Puppet(model, structure, config)
     engine = Engine(model, puppet)
     model.__dict__[ENGINE] = engine
@@ -126,7 +170,6 @@ def wrap(model: Model, config: PuppetConfig | None = None) -> Model:
         block, output = model.get_submodule(site.block), model.get_submodule(site.output)
         block.register_forward_pre_hook(ScaleInput(engine, index), with_kwargs=True)
         output.register_forward_hook(AttachDropped(engine, index), with_kwargs=True)
-    return model
 
 
 def select_kinds(structure: Structure, kinds: tuple[str, ...]) -> Structure:

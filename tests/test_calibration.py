@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import tiny
@@ -171,6 +173,48 @@ def test_max_tokens_and_seed():
 def test_bad_data_is_refused(data, options, message):
     with pytest.raises(DataError, match=message):
         calibration_batches(MODEL, data, words(), **options)
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d e"}], "source": "x"},
+    {"messages": [{"role": "user", "content": "f"}, {"role": "assistant", "content": "g"}], "source": "y"},
+]
+TEMPLATE = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}"
+
+
+def test_chats_are_written_by_the_template(tmp_path):
+    from datasets import Dataset
+
+    tokenizer = words()
+    tokenizer.chat_template = TEMPLATE
+    first, second = ([WORDS[word] for word in text.split()] for text in ("<s> a b </s> <s> c d e </s>",
+                                                                        "<s> f </s> <s> g </s>"))  # fmt: skip
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    other = [{"talk": row["messages"]} for row in CHATS]
+    for data in (CHATS, Dataset.from_list(CHATS), iter(CHATS), file, str(file), [file], other):
+        (batch,) = calibration_batches(MODEL, data, tokenizer, column="talk" if data is other else "text")
+        assert batch["input_ids"].tolist() == [first, [*second, 0, 0, 0]]
+        assert batch["labels"].tolist() == [first, [*second, -100, -100, -100]]
+        assert batch["attention_mask"].sum(1).tolist() == [9, 6]
+    rewarded = [{**row, "rewards": float(i), "groups": 0} for i, row in enumerate(CHATS)]
+    assert calibration_batches(MODEL, rewarded, tokenizer)[0]["rewards"].tolist() == [0, 1]
+    texts = [{**row, "text": "a b c d"} for row in CHATS]  # the named column wins
+    assert calibration_batches(MODEL, texts, tokenizer)[0]["input_ids"][0, :5].tolist() == [3, 4, 5, 6, 2]
+
+
+def test_chats_that_cannot_be_written():
+    tokenizer = words()
+    with pytest.raises(DataError, match=r"tokenizer: .* has no chat template.*'messages'"):
+        calibration_batches(MODEL, CHATS, tokenizer)
+    with pytest.raises(DataError, match=r"tokenizer: None, but 'messages' are chats"):
+        calibration_batches(MODEL, CHATS)
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(DataError, match=r"row 1 has no chat under 'messages' \(\['messages'\]\)"):
+        calibration_batches(MODEL, [CHATS[0], {"messages": "a"}], tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match=r"the chat template refuses row 0 .*no system role"):
+        calibration_batches(MODEL, CHATS, tokenizer)
 
 
 def test_text_needs_a_tokenizer():

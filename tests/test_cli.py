@@ -91,6 +91,12 @@ def test_compact_with_redistribution_then_heal(ok, ppnet, refused, folders, tmp_
     assert trained["steps"] == 3 and trained["parameters"] == made["cost"]["params"]
     assert trained["loss"] > 0 and trained["distillation_kl"] > 0 and trained["hidden_loss"] > 0
     assert ok("eval", healed, "--data", folders["text"])["rows"][0]["params"] == made["cost"]["params"]
+    losses = []
+    for seed in (1, 2):
+        code, out, err = ppnet("heal", small, *options, "--steps", 3, "--seed", seed, "--out", tmp_path / f"s{seed}")
+        assert code == 0 and out.startswith("after 3 steps: loss: ") and "{'" not in out + err
+        losses.append(out.splitlines()[0])
+    assert losses[0] != losses[1]
     code, out, _ = ppnet("compact", folders["dense"], *size, "--redistribute", folders["text"], "--redistribution",
                          "nearest", "--out", tmp_path / "text")  # fmt: skip
     assert code == 0 and "redistributed by nearest on" in out

@@ -321,6 +321,59 @@ def test_few_steps_have_no_warmup(steps: int) -> None:
     assert any(not torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
+def test_a_seed_fixes_the_data_and_their_order() -> None:
+    """96 blocks, of which 4 steps of 2 use 8: the drawn ones and their order, whatever the generators held before."""
+    ids = torch.randint(3, 96, (96 * 8,), generator=torch.Generator().manual_seed(1))
+
+    def healed(state: int, **options: Any) -> tuple[list[list[int]], Tensor]:
+        student, teacher = pair()
+        seen: list[list[int]] = []
+        student.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+        )
+        torch.manual_seed(state)
+        ppnet.heal(student, teacher, ids, steps=4, batch_size=2, length=8, **options)
+        return seen, student.state_dict()["lm_head.weight"]
+
+    first, again, other = healed(1), healed(2, seed=0), healed(3, seed=1)
+    assert first[0] == again[0] and torch.equal(first[1], again[1])
+    assert len(first[0]) == 8 and sorted(first[0]) != sorted(other[0]) and not torch.equal(first[1], other[1])
+    shuffled = healed(4, arguments={"seed": 7, "data_seed": 7})  # the Trainer's own: the same blocks in another order
+    assert sorted(shuffled[0]) == sorted(first[0]) and shuffled[0] != first[0]
+
+
+def test_a_seed_fixes_what_adapters_start_from() -> None:
+    pytest.importorskip("peft")
+    weights = []
+    for state, seed in ((1, 3), (2, 3), (2, 4)):
+        student, teacher = pair()
+        torch.manual_seed(state)
+        ppnet.heal(student, teacher, ROWS, steps=2, lora=2, seed=seed)
+        weights.append(student.model.layers[0].self_attn.q_proj.weight.detach())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_heal_shows_progress_and_prints_no_logs(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ppnet.evaluate import progress
+
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    student, teacher = pair()
+    capfd.readouterr()
+    for options in ({}, {"disable_tqdm": True}):
+        ppnet.heal(student, teacher, ROWS, steps=4, arguments={"logging_steps": 1, **options})
+        shown = capfd.readouterr()
+        lines = shown.err.splitlines()
+        assert shown.out == "" and len(lines) == 4, shown
+        assert lines[0].startswith("healing:  25 % (1/4)")
+        assert "healing, loss " in lines[-1] and "100 % (4/4)" in lines[-1]
+    ppnet.heal(student, teacher, ROWS, steps=2, progress=False, arguments={"logging_steps": 1})
+    assert capfd.readouterr() == ("", "")
+    ppnet.heal(student, teacher, ROWS, steps=2, arguments={"logging_steps": 1, "disable_tqdm": False})
+    shown = capfd.readouterr()
+    assert "healing" not in shown.err and "it/s" in shown.err + shown.out
+
+
 def test_errors_of_heal() -> None:
     student, teacher = pair()
     ids = torch.randint(3, 96, (4, 12))
@@ -338,6 +391,7 @@ def test_errors_of_heal() -> None:
         ({"learning_rate": -1.0}, "learning_rate: must be a finite number >= 0, got -1.0"),
         ({"learning_rate": "a"}, "learning_rate: must be a finite number"),
         ({"length": "8"}, "length: must be an integer of at least 2, got '8'"),
+        ({"seed": -1}, "seed: must be an integer of at least 0, got -1"),
     ):
         with pytest.raises(PPNetError, match=message):
             ppnet.heal(student, teacher, ids, **{"steps": 1, **options})

@@ -167,6 +167,27 @@ def test_models_with_gates_and_accelerated_models(model_type):
     close({"m": score(tiny(model_type), method="magnitude", form="paths")}, {"m": scored}, rtol=1e-5)
 
 
+def test_several_methods_in_one_pass():
+    model = tiny("llama")
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    named = ppnet.score_methods(model, IDS, ["taylor", "activation", "magnitude"], batch_size=2)
+    assert list(named) == ["taylor", "activation", "magnitude"] and len(passes) == 2
+    for name, scores in named.items():
+        assert scores == ppnet.score(model, IDS, name, batch_size=2) and scores.method == name
+    labelled = ppnet.score_methods(model, IDS, {"a": "taylor", "b": ("magnitude", {"form": "paths"})}, batch_size=2)
+    assert labelled["a"] == named["taylor"] and labelled["b"] == ppnet.score(model, None, "magnitude", form="paths")
+    for methods, message in (
+        ("mama", r"methods: 'mama' must be a list of names"),
+        (3, "methods: 3 must be a list of names"),
+        ([], "methods: none given"),
+        ({"a": 3}, r"methods: 3 must be a name or \(name, options\)"),
+        (["mamba"], "method: 'mamba' is not known"),
+    ):
+        with pytest.raises(PPNetError, match=message):
+            ppnet.score_methods(model, IDS, methods)
+
+
 def test_one_kind_of_gates_only():
     model = ppnet.wrap(tiny("llama"), ppnet.PuppetConfig(kinds=("neuron",)))
     assert {name.rpartition(".")[2] for name in score(model, IDS, "taylor")} == {"neuron"}

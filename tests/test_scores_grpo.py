@@ -36,23 +36,25 @@ class Recording(RewardMovementTrainer):
 
 
 def trained(folder, made=None, trainer=Recording, steps=2, **changes):
+    made = made_trainer(folder, made, trainer, **{"max_steps": steps, **changes})
+    made.train()
+    return made
+
+
+def made_trainer(folder, model=None, trainer=Recording, prompts=PROMPTS, **changes):
     from datasets import Dataset
 
     own = {k: changes.pop(k) for k in ("reward_threshold", "score_every") if k in changes}
     arguments = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "learning_rate": 0.0,
-        "max_completion_length": 5, "max_steps": steps, "seed": 3, "temperature": 1.0, **changes,
+        "max_completion_length": 5, "seed": 3, "temperature": 1.0, "save_strategy": "no", **changes,
     }  # fmt: skip
-    config = trl.GRPOConfig(
-        str(folder), report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True, **arguments
-    )
-    model = made if made is not None else tiny("llama", pad_token_id=0, vocab_size=13)
-    made = trainer(
+    config = trl.GRPOConfig(str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, **arguments)
+    model = model if model is not None else tiny("llama", pad_token_id=0, vocab_size=13)
+    return trainer(
         model=model, reward_funcs=count_a, args=config, processing_class=words(), **own,
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
     )  # fmt: skip
-    made.train()
-    return made
 
 
 def by_hand(trainer, model, verified):

@@ -235,6 +235,7 @@ def heal(
     ] = None,
     separator: Separator = None,
     column: Column = "text",
+    seed: Annotated[int, typer.Option(help="What is drawn from longer texts, and the order of it.")] = 0,
     tokenizer: Tokenizer = None,
     device: Device = None,
     force: Force = False,
@@ -258,8 +259,8 @@ def heal(
         model, dense = load_model(folder, device), load_model(teacher, device)
         heal_model(
             model, dense, list(data), steps=steps, tokenizer=words, learning_rate=lr, batch_size=batch, length=length,
-            separator=separator, column=column, lora=lora, callbacks=[log], weight=weight, temperature=temperature,
-            direction=direction, hidden=hidden,
+            separator=separator, column=column, seed=seed, lora=lora, callbacks=[log], weight=weight,
+            temperature=temperature, direction=direction, hidden=hidden,
         )  # fmt: skip
         save(model, out, words)
     terms = {name: log.values.get(name) for name in ("loss", "nll", "distillation_kl", "hidden_loss")}

@@ -18,6 +18,7 @@ from ppnet.cli.common import (
     Tokenizer,
     check_output,
     load_model,
+    load_scores,
     load_tokenizer,
     place,
     quiet_stdout,
@@ -55,6 +56,9 @@ def train(
     distill: Annotated[
         float | None, typer.Option(help="Weight of the model's own dense pass as a teacher, 0 to 1.")
     ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="The units' importance inside the gates: a file that `ppnet score` wrote.")
+    ] = None,
     options: Annotated[
         list[str] | None, typer.Option("--set", help="Any PuppetConfig option, e.g. lambda_rate=0.5; may be repeated.")
     ] = None,
@@ -76,11 +80,13 @@ def train(
     Example:  ppnet train models/llama --data train.txt --out puppet --steps 2000
     A model folder with gates is trained further: its gates keep their form.
 
+    Example:  ppnet train models/llama --data train.txt --scores scores.safetensors --out puppet
+
     Example:  ppnet train config.json --tokenizer models/llama --data train.txt --out puppet --dense-steps 3000
     """
     from ppnet.gates import PuppetConfig
     from ppnet.train import text_blocks
-    from ppnet.wrap import is_wrapped, wrap
+    from ppnet.wrap import fit, is_wrapped, wrap
 
     for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("save-steps", save_steps)):
         if value < 1:
@@ -98,8 +104,11 @@ def train(
         config = PuppetConfig(**given)
         words = load_tokenizer(words_folder)
         model = _model(source, seed, place(device))
+        ranking = load_scores(scores)
         if is_wrapped(model):
-            _train_further(model, source, given, dense_steps)
+            _train_further(model, source, given, dense_steps, ranking)
+        else:
+            fit(model, config, ranking)  # what is wrong with them shows before the dense phase, not after it
         blocks = text_blocks(list(data), words, length, separator=separator, max_tokens=max_tokens, model=model)
         if not resume:
             _remove_old_checkpoints(out)
@@ -112,7 +121,7 @@ def train(
         if dense_steps:
             model, dense_loss = _dense_phase(model, words, blocks, out / DENSE, dense_steps, arguments, resume)
         if not is_wrapped(model):
-            wrap(model, config)
+            wrap(model, config, scores=ranking)
         trainer, loss = _run(model, words, blocks, out, steps, arguments, resume)
         trainer.save_model(str(out))
     result = _summary(trainer, out, blocks.tokens, steps, dense_steps, loss, dense_loss)
@@ -144,16 +153,16 @@ def _gate_options(
     return values
 
 
-def _train_further(model: Any, source: Path, given: dict[str, Any], dense_steps: int) -> None:
+def _train_further(model: Any, source: Path, given: dict[str, Any], dense_steps: int, scores: Any) -> None:
     """Applies the options that may change to a model that has gates.
 
     Raises:
-        PPNetError: dense steps, or options of the gates' form.
+        PPNetError: dense steps, options of the gates' form, or scores.
     """
     advice = "leave it out to train the gates further, or start from the dense model (ppnet.unwrap takes gates off)."
     if dense_steps:
         raise PPNetError(f"dense-steps: {dense_steps}, but {source} has gates already; {advice}")
-    form = [name for name in given if name not in CHANGEABLE]
+    form = [name for name in given if name not in CHANGEABLE] + ["scores"] * (scores is not None)
     if form:
         raise PPNetError(f"{', '.join(form)}: the gates of {source} keep the form they were trained in; {advice}")
     model.puppet.config = replace(model.puppet.config, **given)

@@ -14,7 +14,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "hierarchy": ("independent", "pooled"),
     "gate_gradient": ("sampled", "exact"),
     "lambda_distribution": ("exponential", "uniform_u", "uniform_size"),
+    "normalise_scores": ("site", "kind"),
 }
+# The importance that `ppnet.wrap(model, config, scores=...)` fixes; all others are read off the weights.
+SCORES = "scores"
 # annotation -> (what is accepted, what it is stored as, in words)
 _TYPES: dict[str, tuple[type, type, str]] = {
     "int": (Integral, int, "an integer"),
@@ -33,8 +36,12 @@ class PuppetConfig:
             control point of every amplitude spline, lets the penalty shape the weights through the norm, decays gates
             like weights and gives them the weights' learning rate. Explicit arguments win over the preset.
         kinds: which units are gated: ``"kv_group"`` (one KV head with its query heads; heads under MHA), ``"neuron"``.
-        importance: name of a registered importance (`ppnet.gates.importance`): ``"scale_free"`` or ``"row_norm"``.
-        train_importance: whether gradients flow from the gates into the weights through the importance.
+        importance: name of a registered importance (`ppnet.gates.importance`): ``"scale_free"`` or ``"row_norm"``; or
+            ``"scores"``: fixed numbers, the ranks of the ``scores`` that `ppnet.wrap` is given.
+        train_importance: whether gradients flow from the gates into the weights through the importance; False for
+            ``"scores"``, which have nothing to train.
+        normalise_scores: what scores are ranked within: ``"site"`` (every layer's units for themselves) or ``"kind"``
+            (all layers together, so that a layer whose scores are low starts to close sooner).
         temperature: T of the inclusion probability and of the first control point, c_0 = -1/T.
         control_points: n, control points of every spline.
         degree: degree of the clamped B-splines.
@@ -71,6 +78,7 @@ class PuppetConfig:
     kinds: tuple[str, ...] = KINDS
     importance: str | None = None
     train_importance: bool | None = None
+    normalise_scores: str = "site"
     temperature: float = 0.5
     control_points: int = 10
     degree: int = 3
@@ -122,6 +130,15 @@ class PuppetConfig:
         self._check_types()
         if self.preset not in self.PRESETS:
             raise PPNetError(f"preset: {self.preset!r} is not known; use one of {', '.join(self.PRESETS)}.")
+        # What was said, before the preset fills the rest in: scores replace an importance that nobody chose.
+        self._said = frozenset(name for name in ("importance", "train_importance") if getattr(self, name) is not None)
+        if self.importance == SCORES:
+            if self.train_importance:
+                raise PPNetError(
+                    "train_importance: True, but importance='scores' is a fixed number per unit, which has nothing to "
+                    "train; leave train_importance out."
+                )
+            self.train_importance = False
         for name, value in self.PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -163,6 +180,24 @@ class PuppetConfig:
     def _check_range(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise PPNetError(f"{name}: {getattr(self, name)!r} must be {allowed}.")
+
+    def with_scores(self) -> PuppetConfig:
+        """These options with ``importance="scores"``.
+
+        Raises:
+            PPNetError: another importance was chosen, or one that trains.
+        """
+        if self.importance == SCORES:
+            return self
+        if "importance" in self._said:
+            raise PPNetError(
+                f"scores: are an importance of their own, and config has importance={self.importance!r}; leave one of "
+                "the two out, or say importance='scores'."
+            )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if "train_importance" not in self._said:
+            values["train_importance"] = None  # the preset's, for an importance that is read off the weights
+        return PuppetConfig(**{**values, "importance": SCORES})
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kinds": list(self.kinds)}

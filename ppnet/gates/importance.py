@@ -1,7 +1,8 @@
 """Importance of units: what the threshold tau(lambda) is compared with. One float per unit of a site.
 
 An importance sees the weights of one site as (U, features) views and returns a (U,) tensor. To add one, write a
-function here or anywhere with `@importance("name")`; `PuppetConfig(importance="name")` selects it.
+function here or anywhere with `@importance("name")`; `PuppetConfig(importance="name")` selects it. The importance
+``"scores"`` is none of these: its numbers are given (`ppnet.gates.given`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import PPNetError
+from ppnet.gates.config import SCORES
 from ppnet.ops.row_norms import row_norms
 from ppnet.units import Leaf, Site, leaf_module
 
@@ -39,7 +41,8 @@ def importance(name: str, depends_on_lambda: bool = False) -> Callable[[Importan
 
 def get_importance(name: str) -> ImportanceFn:
     if name not in IMPORTANCES:
-        raise PPNetError(f"importance: {name!r} is not known; use one of {', '.join(sorted(IMPORTANCES))}.")
+        known = ", ".join(sorted([*IMPORTANCES, SCORES]))
+        raise PPNetError(f"importance: {name!r} is not known; use one of {known}.")
     return IMPORTANCES[name]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.cost import CostModel, cost_model
-from ppnet.gates.config import PuppetConfig
+from ppnet.gates.config import SCORES, PuppetConfig
 from ppnet.gates.draw import Draw, draw_lambda, draw_masks, generator
 from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
 from ppnet.gates.solve import bracket
@@ -39,6 +39,7 @@ class Puppet(nn.Module):
         u_gate, u_out ``(S, n)``, u_in ``(M, n)``: control points of the amplitudes' splines.
     Buffers:
         draws ``()`` int64: training draws made so far; with `config.seed` it determines every random choice.
+        given_importance ``(U,)`` float32: the fixed importance of every unit, when ``importance="scores"``.
     """
 
     theta: nn.Parameter
@@ -55,10 +56,12 @@ class Puppet(nn.Module):
     kind_of_site: Tensor
     flops_share: Tensor
     draws: Tensor
+    given_importance: Tensor
 
     def __init__(self, model: nn.Module, structure: Structure, config: PuppetConfig) -> None:
         super().__init__()
-        get_importance(str(config.importance))  # an unknown name stops here, before the model is touched
+        if config.importance != SCORES:
+            get_importance(str(config.importance))  # an unknown name stops here, before the model is touched
         # In __dict__, so that the model does not become a submodule of its own submodule.
         self.__dict__["root"] = model
         self.config = config
@@ -82,6 +85,8 @@ class Puppet(nn.Module):
         self.register_buffer("kind_of_site", kind_of_site.to(device), persistent=False)
         self.register_buffer("flops_share", flops_share.to(device), persistent=False)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
+        if config.importance == SCORES:
+            self.register_buffer("given_importance", torch.ones(units, device=device))  # `ppnet.wrap` fills it in
         self.mlp_sites = [index for index, site in enumerate(structure.sites) if site.kind == "neuron"]
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -157,6 +162,8 @@ class Puppet(nn.Module):
 
     def importance(self, u: float, train: bool = False) -> Tensor:
         """Importance of every unit: ``(U,)``; differentiable when `train` and the config says so."""
+        if self.config.importance == SCORES:
+            return self.given_importance
         train = train and bool(self.config.train_importance)
         function = get_importance(str(self.config.importance))
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):

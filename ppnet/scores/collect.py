@@ -129,7 +129,7 @@ class Collector:
                 f"method: kl is the Fisher information of predicted tokens, and a {name} has no logits of tokens; use "
                 'another method, or leave it out of mama: weights={"kl": 0}.'
             )
-        if GRADIENTS in self.needs and self.loss is None:
+        if (GRADIENTS in self.needs or (CURVATURE in self.needs and not self._predicts)) and self.loss is None:
             raise PPNetError(
                 f"loss: None, but gradients are needed and a {name} is an encoder, which has no next-token loss; give "
                 "loss=(the model's output, batch) -> (B,), one loss per sequence."

@@ -1,10 +1,10 @@
-"""Scoring the units of a model: `ppnet.score`."""
+"""Scoring the units of a model: `ppnet.score`, and several methods in one pass: `ppnet.score_methods`."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,24 +71,21 @@ def score(
         DataError: data that is missing, empty, or not the model's.
         UnsupportedModelError: as `ppnet.wrap`.
     """
-    reading = {
-        "length": length,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "column": column,
-        "separator": separator,
-        "bos": bos,
-    }
     made = score_methods(
         model,
         data,
         {str(method): (method, options)},
         tokenizer=tokenizer,
+        length=length,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
         seed=seed,
+        column=column,
+        separator=separator,
+        bos=bos,
         loss=loss,
         threshold=threshold,
         progress=progress,
-        **reading,
     )
     return made[str(method)]
 
@@ -96,20 +93,32 @@ def score(
 def score_methods(
     model: nn.Module,
     data: Any,
-    methods: Mapping[str, tuple[str, Mapping[str, Any]]],
+    methods: Iterable[str] | Mapping[str, str | tuple[str, Mapping[str, Any]]],
     *,
     tokenizer: Any = None,
+    length: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = MAX_TOKENS,
     seed: int = 0,
+    column: str = "text",
+    separator: str | None = None,
+    bos: bool | None = None,
     loss: Loss | None = None,
     threshold: float | None = None,
     progress: bool = True,
-    **reading: Any,
 ) -> dict[str, Scores]:
-    """Several scores from one pass.
+    """Several scores from one pass over the data, each equal to what `score` gives alone.
 
     Args:
-        methods: any name -> (method, its options).
+        methods: names of methods, e.g. ``["mama", "taylor"]``; or any label -> a method, or -> (method, its options),
+            e.g. ``{"mama": "mama", "paths": ("magnitude", {"form": "paths"})}``.
         others: as in `score`.
+
+    Returns:
+        label (the method's name where only names are given) -> Scores.
+
+    Raises:
+        as `score`, and PPNetError: `methods` of another form.
     """
     structure = structure_for(model)
     if threshold is not None:
@@ -117,7 +126,7 @@ def score_methods(
     integer("seed", seed, 0)
     scorers: dict[str, tuple[Scorer, Mapping[str, Any]]] = {}
     needs: Needs = frozenset()
-    for label, (method, options) in methods.items():
+    for label, (method, options) in _labelled(methods).items():
         scorer = get_scorer(method)
         scorer.check(options)
         scorers[label] = scorer, {**options, **_given(scorer, options, structure)}
@@ -129,7 +138,10 @@ def score_methods(
             raise PPNetError(
                 f"data: None, but {names} need calibration data; give text, a file, token ids or a dataset."
             )
-        batches = calibration_batches(model, data, tokenizer, seed=seed, **reading)
+        batches = calibration_batches(
+            model, data, tokenizer, length=length, batch_size=batch_size, max_tokens=max_tokens, seed=seed,
+            column=column, separator=separator, bos=bos,
+        )  # fmt: skip
     collector = Collector(model, structure, needs, seed=seed, loss=loss)
     made = {}
     with without_probes(model), as_dense(model):
@@ -147,6 +159,31 @@ def score_methods(
             )
     _check_finite(made)
     return made
+
+
+def _labelled(methods: Any) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """label -> (method, its options).
+
+    Raises:
+        PPNetError: neither names nor a mapping of them, or none at all.
+    """
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise PPNetError(
+            f"methods: {methods!r:.80} must be a list of names, e.g. ['mama', 'taylor'], or map labels to (method, its "
+            "options); for one method use ppnet.score."
+        )
+    named = methods if isinstance(methods, Mapping) else {str(method): method for method in methods}
+    if not named:
+        raise PPNetError("methods: none given; give at least one name, e.g. ['mama'].")
+    found = {}
+    for label, method in named.items():
+        pair = (method, {}) if isinstance(method, str) else method
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Mapping):
+            raise PPNetError(
+                f"methods: {method!r:.80} must be a name or (name, options), e.g. ('magnitude', {{'form': 'paths'}})."
+            )
+        found[str(label)] = (pair[0], pair[1])
+    return found
 
 
 def _given(scorer: Scorer, options: Mapping[str, Any], structure: Structure) -> dict[str, Mapping[str, Any]]:

@@ -7,10 +7,14 @@ or `ppnet.train.grpo.RewardMovementTrainer`, which is that. `ppnet.scores.reward
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ppnet.errors import PPNetError, TrainingError
 from ppnet.scores.probe import Probe, probe_target
@@ -19,13 +23,20 @@ from ppnet.scores.reward import from_sums
 from ppnet.scores.rewards import Ratings, RewardGradients
 from ppnet.scores.statistics import gate_gradients
 from ppnet.train.movement import SiteIndices, all_reduced
+from ppnet.train.sums_file import load_sums, save_sums
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+SUMS_FILE = "ppnet_rewards.safetensors"
+FORMAT = "ppnet.rewards/1"
+SUMS = ("signed", "absolute", "positive", "negative")
 GROUP, VERIFIED = "ppnet_group", "ppnet_verified"
 # Losses whose gradient at the first pass over on-policy completions is the advantage times one factor per completion.
 _LINEAR_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+logger = logging.get_logger(__name__)
 
 
 class RewardMovementMixin:
@@ -40,6 +51,11 @@ class RewardMovementMixin:
     read off its gradient and divided out. Otherwise, with KL, clipped ratios, an entropy bonus or
     corrections in the loss, the likelihood of the completions has a backward pass of its own, without weight gradients,
     for every `score_every`-th generation.
+
+    The sums are saved in the trainer's checkpoints and go on when training is resumed from one; groups whose
+    completions have not all been seen by then are left out, so save where generations end. Within the trainer's first
+    epoch they are the uninterrupted run's to the bit; in later ones trl goes on with other prompts. From a checkpoint
+    without them they start anew, with a warning.
 
     Args:
         reward_threshold: see above; None: any group whose rewards differ.
@@ -83,16 +99,64 @@ class RewardMovementMixin:
         self._factor: Tensor | None = None
         self._probe: Probe | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         trainer: Any = self
+        newest = resume_from_checkpoint is True
+        found = get_last_checkpoint(trainer.args.output_dir) if newest else resume_from_checkpoint
+        if found:
+            self._restore(Path(str(found)))
         host, _ = probe_target(trainer.accelerator.unwrap_model(trainer.model))
         self._probe = Probe(host, self._structure.sites, sink=self._sink)
         self._probe.active = False
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._probe.remove()
             self._probe = None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer: Any = self
+        sums, groups, tokens = self._reduced()  # which every process takes part in
+        if trainer.state.is_world_process_zero:
+            folder = Path(trainer._get_output_dir(trial=trial)) / f"checkpoint-{trainer.state.global_step}"
+            facts = {
+                "groups": groups, "tokens": tokens, "generations": self._generations, "given": self._groups_given,
+            }  # fmt: skip
+            save_sums(folder / SUMS_FILE, FORMAT, self._structure, sums, facts)
+
+    def _restore(self, folder: Path) -> None:
+        """Goes on from the sums of a checkpoint; those of all processes are the first one's."""
+        trainer: Any = self
+        first = trainer.accelerator.is_main_process
+        if not (folder / SUMS_FILE).is_file():
+            if first:
+                logger.warning(
+                    f"Resuming from {folder} without sums of reward movement: no {SUMS_FILE} in it. They start anew, "
+                    "and reward_scores() leaves out the steps before."
+                )
+            return
+        sums, facts = load_sums(folder / SUMS_FILE, FORMAT, self._structure, SUMS)
+        units = [site.units for site in self._structure.sites]
+        split = {name: total.split(units) for name, total in sums.items()}
+        for number, site in enumerate(self._sums):
+            for name in SUMS:
+                getattr(site, name).copy_(split[name][number] if first else torch.zeros_like(split[name][number]))
+            site.groups = int(facts["groups"]) if first else 0
+        self._tokens = int(facts["tokens"]) if first else 0
+        self._generations, self._groups_given = int(facts["generations"]), int(facts["given"])
+
+    def _reduced(self) -> tuple[dict[str, Tensor], int, int]:
+        """Sums (U,), groups and tokens of all processes."""
+        counts = torch.tensor([self._sums[0].groups, self._tokens], dtype=torch.float64)
+        mine = [torch.cat([getattr(site, name) for site in self._sums]) for name in SUMS]
+        *sums, total = all_reduced([*mine, counts.to(mine[0].device)])
+        groups, tokens = total.tolist()
+        return dict(zip(SUMS, sums, strict=True)), int(groups), int(tokens)
 
     # ---- groups ------------------------------------------------------------------------------------------------------
 
@@ -206,26 +270,24 @@ class RewardMovementMixin:
         Raises:
             TrainingError: no verified group of completions is complete.
         """
-        names = ("signed", "absolute", "positive", "negative")
-        groups = torch.tensor([self._sums[0].groups, self._tokens], dtype=torch.float64)
-        mine = [getattr(site, name) for site in self._sums for name in names]
-        *sums, counts = all_reduced([*mine, groups.to(mine[0].device)])
-        seen, tokens = counts.tolist()
+        sums, seen, tokens = self._reduced()
         if not seen:
             raise TrainingError(
                 "rewards: no verified group of completions was seen: within every group all rewards were equal, or the "
                 f"best was below reward_threshold={self.reward_threshold}; train longer, or give graded rewards."
             )
-        units = {}
-        for number, site in enumerate(self._structure.sites):
-            found = dict(zip(names, sums[number * len(names) : (number + 1) * len(names)], strict=True))
-            units[site.name] = from_sums(found, seen, form, kappa)
+        sizes = [site.units for site in self._structure.sites]
+        split = {name: total.split(sizes) for name, total in sums.items()}
+        units = {
+            site.name: from_sums({name: parts[number] for name, parts in split.items()}, seen, form, kappa)
+            for number, site in enumerate(self._structure.sites)
+        }
         return Scores(
             units,
             method="reward",
             model_type=self._structure.model_type,
             options={"form": form},
-            tokens=int(tokens),
+            tokens=tokens,
         )
 
 

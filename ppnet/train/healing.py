@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import os
 import random
 import tempfile
@@ -16,11 +17,12 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ppnet.checks import integer, number
 from ppnet.errors import PPNetError
 from ppnet.evaluate.model_state import context_of
+from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.tokens import IGNORED
 from ppnet.modes import flags_kept
 from ppnet.train.distill import Distillation, DistillationTrainer
@@ -59,6 +61,31 @@ class LastLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.values = dict(logs)
+
+
+class StepProgress(TrainerCallback):
+    """Shows steps, the newest loss and the time left on stderr, from the first process."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.loss = what, math.nan
+        self._shown: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._shown = Progress(state.max_steps, self.what) if state.is_world_process_zero else None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._shown is not None:
+            self._shown.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._shown is not None and logs and "loss" in logs:
+            self._shown.what = f"{self.what}, loss {float(logs['loss']):.4g}"
+
+    def close(self) -> None:
+        """Takes the line off a terminal."""
+        if self._shown is not None:
+            self._shown.__exit__(None, None, None)
+            self._shown = None
 
 
 def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -145,10 +172,12 @@ def heal(
     length: int | None = None,
     separator: str | None = None,
     column: str = "text",
+    seed: int = 0,
     lora: int | Any = None,
     output_dir: str | os.PathLike[str] | None = None,
     arguments: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
     **distillation: Any,
 ) -> Any:
     """Trains a small model, in place, on text with the answers of the dense model it came from.
@@ -168,11 +197,15 @@ def heal(
         length: tokens per sequence; None: 512, or the model's context or the text if shorter.
         separator: text between the documents of a text file.
         column: key of the text in a dataset's rows.
+        seed: what is drawn from longer texts, its order, and what adapters start from; on the CPU, equal seeds give
+            equal weights.
         lora: train low-rank adapters of this rank only (a PEFT ``LoraConfig`` for more), on all linear modules but the
             head, and merge them at the end. Needs ``pip install ppnet[lora]``.
         output_dir: folder of checkpoints, every 500 steps; None: none are written.
-        arguments: more `transformers.TrainingArguments`, e.g. ``{"bf16": True}``; they win.
+        arguments: more `transformers.TrainingArguments`, e.g. ``{"bf16": True}``; they win. ``disable_tqdm=False``
+            shows the Trainer's own bar and logs instead of `progress`.
         callbacks: of the Trainer; e.g. to read its logs, ``nll`` and ``distillation_kl`` among them.
+        progress: write progress to stderr when it takes longer than two seconds.
         **distillation: options of `Distillation`: ``weight``, ``temperature``, ``direction``, ``hidden``,
             ``hidden_layers``.
 
@@ -180,12 +213,14 @@ def heal(
         The model, in the mode (training or evaluation) it came in.
 
     Raises:
-        PPNetError: `steps` or `batch_size` below 1, or unknown options. DataError, TrainingError: see there.
+        PPNetError: `steps` or `batch_size` below 1, `seed` below 0, or unknown options.
+        DataError, TrainingError: see there.
     """
     from ppnet.calibration import DEFAULT_LENGTH, calibration_batches  # which imports this package for its text blocks
 
     integer("steps", steps, 1)
     integer("batch_size", batch_size, 1)
+    integer("seed", seed, 0)
     number("learning_rate", learning_rate)
     if length is not None:
         integer("length", length, 2)
@@ -200,7 +235,7 @@ def heal(
     most = min(length or DEFAULT_LENGTH, context_of(model) or DEFAULT_LENGTH)
     batches = calibration_batches(
         model, data, tokenizer, length=length, separator=separator, column=column, batch_size=batch_size,
-        max_tokens=max(2, steps * batch_size * most),
+        max_tokens=max(2, steps * batch_size * most), seed=seed,
     )  # fmt: skip
     values = {
         "max_steps": steps,
@@ -211,6 +246,8 @@ def heal(
         **({"warmup_steps": 0} if WARMUP * steps < 1 else {}),
         "save_strategy": "no" if output_dir is None else "steps",
         "use_cpu": model.get_input_embeddings().weight.device.type == "cpu",
+        "seed": seed,
+        "disable_tqdm": True,
         **(arguments or {}),
     }
     # The Trainer makes its folder only when it writes into it.
@@ -220,6 +257,7 @@ def heal(
         kept.enter_context(untouched(model))
         if isinstance(teacher, nn.Module):
             kept.enter_context(flags_kept(teacher))
+        set_seed(values["seed"])  # adapters start from random numbers
         student = model if lora is None else with_lora(model, lora)
         try:
             trainer = DistillationTrainer(
@@ -231,6 +269,11 @@ def heal(
                 teacher=teacher,
                 distillation=options,
             )
+            trainer.remove_callback(PrinterCallback)  # which prints every log as a dictionary where tqdm is off
+            if progress and values["disable_tqdm"]:
+                shown = StepProgress("healing")
+                kept.callback(shown.close)
+                trainer.add_callback(shown)
             trainer.train()
         finally:
             if student is not model:

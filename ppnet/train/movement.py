@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
-from ppnet.errors import TrainingError
+from ppnet.errors import CheckpointError, TrainingError
 from ppnet.scores.probe import Probe, probe_target, remove_probes
 from ppnet.scores.registry import choose
 from ppnet.scores.result import Scores
 from ppnet.scores.statistics import gate_gradients
 from ppnet.scores.sums import accumulator
+from ppnet.train.sums_file import load_sums, save_sums
 from ppnet.units import Site, Structure
+
+SUMS_FILE = "ppnet_movement.safetensors"
+FORMAT = "ppnet.movement/1"
+
+logger = logging.get_logger(__name__)
 
 
 class SiteIndices:
@@ -54,14 +64,21 @@ class MovementCallback(TrainerCallback):
     would have had. Where training ends in an exception, `close` removes them, and so does the next training;
     `ppnet.score` and copies of the model do not heed them. Evaluation and generation are not looked at. Works with PEFT
     adapters, bfloat16, gradient accumulation and activation checkpointing; with several processes the sums are averaged
-    as gradients are. An interrupted run starts its sums anew when it is resumed.
+    as gradients are. The sums are saved with the Trainer's checkpoints, beside its own files, and go on where training
+    is resumed from one: in one process to the bits of an uninterrupted run. From a checkpoint without them they start
+    anew, with a warning.
 
         movement = ppnet.train.MovementCallback()
         Trainer(model=model, ..., callbacks=[movement]).train()
         scores = movement.scores()
+
+    Args:
+        resume_from: the folder of the checkpoint that training is resumed from, if that is not in `output_dir`: the
+            Trainer does not tell callbacks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resume_from: str | os.PathLike[str] | None = None) -> None:
+        self.resume_from = resume_from
         self._structure: Structure | None = None
         self._probe: Probe | None = None
         self._absolute: list[Tensor] = []
@@ -93,6 +110,8 @@ class MovementCallback(TrainerCallback):
         self._index = SiteIndices(sites)
         self._last = max(number for number, site in enumerate(sites) if site.layer == sites[-1].layer)
         self.tokens = 0
+        if state is not None and state.global_step > 0 and state.is_world_process_zero:
+            self._restore(args, state)
         self._probe = Probe(host, sites, sink=self._sink, run=state)
         self._probe.active = False
 
@@ -114,13 +133,65 @@ class MovementCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove()
+        self._absolute, self._signed, self.tokens = self._averaged(args)
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._structure is None:
+            return
+        absolute, signed, tokens = self._averaged(args)  # which every process takes part in
+        if not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if not folder.is_dir():  # a search of hyperparameters puts a folder of its own between
+            logger.warning(f"{folder}: is not there, so the sums of movement are not saved with this checkpoint.")
+            return
+        sums = {"absolute": torch.cat(absolute), "signed": torch.cat(signed)}
+        save_sums(folder / SUMS_FILE, FORMAT, self._structure, sums, {"tokens": tokens})
+
+    def _averaged(self, args: TrainingArguments) -> tuple[list[Tensor], list[Tensor], int]:
+        """Absolute and signed sums over all processes as if these were one, and their tokens."""
         processes = max(args.world_size, 1)
+        if processes == 1:
+            return self._absolute, self._signed, self.tokens
         tokens = torch.tensor([float(self.tokens)], device=self._absolute[0].device)
-        reduced = all_reduced([*self._absolute, *self._signed, tokens])
-        if processes > 1:
-            self.tokens = int(reduced[-1])
-            sums = [tensor / processes for tensor in reduced[:-1]]
-            self._absolute, self._signed = sums[: len(self._absolute)], sums[len(self._absolute) :]
+        *sums, total = all_reduced([*self._absolute, *self._signed, tokens])
+        means = [tensor / processes for tensor in sums]
+        return means[: len(self._absolute)], means[len(self._absolute) :], int(total)
+
+    def _restore(self, args: TrainingArguments, state: Any) -> None:
+        """Goes on from the sums of the checkpoint, in the first process, which holds those of all."""
+        assert self._structure is not None
+        folder = self._checkpoint(args, state)
+        if folder is None or not (folder / SUMS_FILE).is_file():
+            if self.resume_from is not None:
+                raise CheckpointError(
+                    f"resume_from: {folder} holds no {SUMS_FILE}; give the folder of a checkpoint that was saved "
+                    "with MovementCallback, the one that training is resumed from, or None."
+                )
+            logger.warning(
+                f"Resuming at step {state.global_step} without sums of movement: no {SUMS_FILE} in that checkpoint "
+                f"under {args.output_dir}. They start anew, and scores leave out the steps before. If the checkpoint "
+                "is in another folder than output_dir, give MovementCallback(resume_from=that folder)."
+            )
+            return
+        sums, facts = load_sums(folder / SUMS_FILE, FORMAT, self._structure, ("absolute", "signed"))
+        for name, mine in (("absolute", self._absolute), ("signed", self._signed)):
+            for total, saved in zip(mine, sums[name].split([len(total) for total in mine]), strict=True):
+                total.copy_(saved * max(args.world_size, 1))
+        self.tokens = int(facts["tokens"])
+
+    def _checkpoint(self, args: TrainingArguments, state: Any) -> Path | None:
+        """The folder that training is resumed from, or None: one in `output_dir` counts if its logs are those of the
+        resumed state."""
+        if self.resume_from is not None:
+            return Path(self.resume_from)
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        try:
+            history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        # As text, in which NaN equals itself.
+        return folder if json.dumps(history) == json.dumps(state.log_history) else None
 
     def close(self) -> None:
         """Takes the hooks off the model, if a training that did not end left them there. The sums so far stay."""
