@@ -38,7 +38,8 @@ WITH_LOSS = {
     "taylor": ("taylor", {}),
     "squared": ("taylor", {"sign": "squared"}),
     "movement": ("movement", {}),
-    "mama": ("mama", {"weights": {"kl": 0}}),
+    "mama": ("mama", {}),
+    "obs": ("obs", {}),
     "activation": ("activation", {}),
     "bias": ("bias", {}),
 }
@@ -164,17 +165,21 @@ def test_kl_of_a_model_with_logits_needs_no_loss():
 
 def test_what_needs_a_loss_or_logits_says_so():
     for model in (bare(), tiny("bert")):
-        for method in ("taylor", "movement"):
+        for method in ("taylor", "movement", "mama"):
             with pytest.raises(PPNetError, match=r"^loss: None, .*encoder.* give loss=\(the model's output, batch\)"):
                 score(model, ROWS, method)
         with pytest.raises(PPNetError, match=r"^method: rewards are of completions"):
             score(model, ROWS, "reward")
         assert score(model, method="random") and score(model, method="magnitude")
+    with pytest.raises(PPNetError, match=r"^loss: None, .*BertModel is an encoder"):
+        score(bare(), ROWS, "obs")
+    assert score(bare(), ROWS, "obs", weighting="output") and score(tiny("bert"), ROWS, "obs")
+    guarded = {"kl": 0.5}
     for options in ({}, {"loss": pooled_loss}):
         with pytest.raises(PPNetError, match=r'BertModel has no logits of tokens; .* weights=\{"kl": 0\}'):
-            score(bare(), ROWS, "mama", **options)
+            score(bare(), ROWS, "mama", weights=guarded, **options)
     with pytest.raises(PPNetError, match=r'^loss: fisher information .*weights=\{"kl": 0\}'):
-        score(tiny("bert"), ROWS, "mama", loss=lambda output, batch: output.logits.sum((1, 2)))
+        score(tiny("bert"), ROWS, "mama", weights=guarded, loss=lambda output, batch: output.logits.sum((1, 2)))
 
 
 # ---- compaction ------------------------------------------------------------------------------------------------------

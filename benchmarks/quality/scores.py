@@ -25,20 +25,7 @@ from ppnet.scores import score_methods
 from ppnet.train import PuppetTrainer
 
 REMOVED = (0.25, 0.5, 0.75)
-# row -> (method, options of the scorer, options of plan)
-METHODS = {
-    "random": ("random", {}, {}),
-    "magnitude": ("magnitude", {}, {}),
-    "magnitude paths": ("magnitude", {"form": "paths"}, {}),
-    "activation": ("activation", {}, {}),
-    "bias": ("bias", {}, {}),
-    "taylor": ("taylor", {}, {}),
-    "movement": ("movement", {}, {}),
-    "kl": ("kl", {}, {}),
-    "mama": ("mama", {}, {}),
-    "mama product": ("mama", {"form": "product"}, {}),
-    "mama global": ("mama", {}, {"allocation": "global"}),
-}
+METHODS = ("random", "magnitude", "activation", "bias", "taylor", "movement", "kl", "obs", "mama")
 PEERS = {
     "Torch-Pruning magnitude": (peers.torch_pruning_mlp, "magnitude"),
     "Torch-Pruning taylor": (peers.torch_pruning_mlp, "taylor"),
@@ -93,9 +80,8 @@ class Study:
 
         def of(name):
             if not made:
-                wanted = {row: (*METHODS[row][:2],) for row in names}
                 made.update(score_methods(
-                    self.subject.model, data, wanted, seed=seed, loss=self.subject.loss, max_tokens=None, progress=False
+                    self.subject.model, data, names, seed=seed, loss=self.subject.loss, max_tokens=None, progress=False
                 ))  # fmt: skip
             return made[name]
 
@@ -117,7 +103,7 @@ class Study:
             for removed in REMOVED:
                 key = {"section": "gated", "method": name, "removed": removed, "seed": seed}
                 self.cut(key, data, lambda name=name, removed=removed: ppnet.plan(
-                    self.subject.model, 1 - removed, of="gated", scores=scores(name), **METHODS[name][2]
+                    self.subject.model, 1 - removed, of="gated", scores=scores(name)
                 ))  # fmt: skip
 
     def masks(self, seed, data):
@@ -190,7 +176,7 @@ class Study:
         return model.eval()
 
 
-SECTIONS = ("gated", "masks", "neurons", "gates")
+SECTIONS = ("gated", "gates", "masks", "neurons")
 
 
 def main(options):

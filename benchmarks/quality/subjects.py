@@ -7,6 +7,7 @@ import random
 import time
 from pathlib import Path
 
+import sentences
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
@@ -92,8 +93,8 @@ class Stories:
 
     metric, lower_is_better, language_model, loss, without = "NLL", True, True, None, ()
 
-    def __init__(self, folder, *, calibration_blocks=96, length=256, held_out=60, heal_steps=100, heal_batch=8,
-                 heal_length=256, heal_rate=1e-3, gate_steps=100):  # fmt: skip
+    def __init__(self, folder, *, calibration_blocks=96, length=256, held_out=60, heal_steps=60, heal_batch=8,
+                 heal_length=256, heal_rate=1e-3, gate_steps=120):  # fmt: skip
         self.recipe = {name: value for name, value in locals().items() if name not in ("self", "folder")}
         self.__dict__.update(self.recipe)
         self.tokenizer = stories_tokenizer()
@@ -125,12 +126,51 @@ class Stories:
     def heal(self, small, seed):
         ppnet.heal(
             small, self.model, self.training_blocks(seed, self.heal_steps), steps=self.heal_steps,
-            learning_rate=self.heal_rate, batch_size=self.heal_batch, arguments={"seed": seed, **QUIET},
+            learning_rate=self.heal_rate, batch_size=self.heal_batch, seed=seed, progress=False,
         )  # fmt: skip
         return small.eval()
 
 
-QUIET = {"disable_tqdm": True, "logging_strategy": "no"}
+# ---- sentence embeddings ---------------------------------------------------------------------------------------------
+
+
+class MiniLM:
+    """all-MiniLM-L6-v2; Spearman correlation on STS-b dev, higher is better. All data is sentences of WikiText-2.
+
+    Healing is by the dense model's last hidden states, which are what is pooled. Scores of predicted tokens (kl) do not
+    apply: the model has no head that predicts any; scores that need a loss get `sentences.sentence_loss`.
+
+    Args:
+        sentences: of calibration data.
+        heal_steps, heal_batch, heal_rate: of healing.
+    """
+
+    metric, lower_is_better, language_model, without = "Spearman", False, False, ("kl",)
+    loss = staticmethod(sentences.sentence_loss)
+
+    def __init__(self, *, calibration_sentences=1024, heal_steps=30, heal_batch=32, heal_rate=3e-4):
+        self.recipe = {name: value for name, value in locals().items() if name != "self"}
+        self.__dict__.update(self.recipe)
+        self.model, self.tokenizer = sentences.load_minilm()
+        self.pairs = sentences.sts_pairs()
+
+    def calibration(self, seed):
+        return ppnet.calibration_batches(
+            self.model, sentences.calibration_sentences(seed, self.calibration_sentences), self.tokenizer,
+            batch_size=64, max_tokens=None,
+        )  # fmt: skip
+
+    def measure(self, model):
+        return sentences.spearman(model, self.tokenizer, self.pairs)
+
+    def heal(self, small, seed):
+        count = self.heal_steps * self.heal_batch
+        ppnet.heal(
+            small, self.model, sentences.calibration_sentences(1000 + seed, count), tokenizer=self.tokenizer,
+            steps=self.heal_steps, learning_rate=self.heal_rate, batch_size=self.heal_batch, seed=seed, hidden=1.0,
+            hidden_layers=(-1,), weight=1.0, progress=False,
+        )  # fmt: skip
+        return small.eval()
 
 
 def stories260k(folder):
@@ -139,7 +179,11 @@ def stories260k(folder):
 
 def stories5m(folder):
     train_stories_model(folder / "stories5m")
-    return Stories(folder / "stories5m", heal_steps=40, heal_length=128, gate_steps=80)
+    return Stories(folder / "stories5m", heal_steps=20, heal_length=128, gate_steps=60)
 
 
-SUBJECTS = {"stories260K": stories260k, "stories5M": stories5m}
+def minilm(folder):
+    return MiniLM()
+
+
+SUBJECTS = {"stories260K": stories260k, "stories5M": stories5m, "MiniLM": minilm}
