@@ -145,6 +145,6 @@ def test_losers_to_random_are_named():
     from scores_table import losers
 
     rows = rows_of({"random": [1.0, 1.2], "worse": [1.5, 1.7], "level": [0.9, 1.4]}, redistributed=False, healed=False)
-    (line,) = losers(rows, True)
+    (line,) = losers({"lower_is_better": True}, rows)
     assert line.startswith("worse at 50% cut: 0.500 worse")
-    assert [name.split()[0] for name in losers(rows, False)] == []
+    assert [name.split()[0] for name in losers({"lower_is_better": False}, rows)] == []

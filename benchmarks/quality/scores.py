@@ -15,6 +15,7 @@ import time
 
 import masks
 import peers
+from scores_table import losers, plot, read, table
 from store import Rows
 from subjects import SUBJECTS, train
 
@@ -41,8 +42,8 @@ NEURON_METHODS = ("random", "magnitude", "activation", "taylor", "mama")
 class Study:
     """One subject; rows that are in the file already are not made again."""
 
-    def __init__(self, subject, rows):
-        self.subject, self.rows = subject, rows
+    def __init__(self, subject, rows, healing=True):
+        self.subject, self.rows, self.healing = subject, rows, healing
         self.structure = structure_of(subject.model)
 
     def run(self, seeds, sections):
@@ -70,7 +71,8 @@ class Study:
             return made
 
         self.row({**key, "healed": False}, once)
-        self.row({**key, "healed": True}, lambda: self.subject.heal(once(), key["seed"]))
+        if self.healing:
+            self.row({**key, "healed": True}, lambda: self.subject.heal(once(), key["seed"]))
 
     # ---- sections ----------------------------------------------------------------------------------------------------
 
@@ -180,8 +182,22 @@ SECTIONS = ("gated", "gates", "masks", "neurons")
 
 
 def main(options):
-    for name in options.subjects or SUBJECTS:
-        subject = SUBJECTS[name](options.out)
-        recipe = {"study": "scores", "subject": name, **subject.recipe}
-        rows = Rows(options.out / f"scores-{name}.jsonl", recipe)
-        Study(subject, rows).run(options.seeds, options.sections or SECTIONS)
+    for name in options.subjects:
+        subject = SUBJECTS[name](options.models)
+        rows = Rows(options.out / f"scores-{name}.jsonl", {"study": "scores", "subject": name, **subject.recipe})
+        Study(subject, rows, healing=not options.without_healing).run(options.seeds, options.sections)
+
+
+def tabulate(options):
+    """Writes scores.md and a plot per subject, and prints where a scorer loses to random."""
+    parts = []
+    for name in options.subjects:
+        path = options.out / f"scores-{name}.jsonl"
+        if not path.exists():
+            continue
+        recipe, rows = read(path)
+        parts.append(table(recipe, rows))
+        plot(recipe, rows, options.out / f"scores-{name}.png")
+        print("\n".join([name, *losers(recipe, rows)]))
+    text = "\n".join(["# Scores", "", "Written by `python benchmarks/quality scores --table`.", "", *parts])
+    (options.out / "scores.md").write_text(text)

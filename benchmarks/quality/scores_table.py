@@ -64,8 +64,9 @@ def column(rows: Rows, lower: bool, **key: Any) -> dict[str, str]:
     return cells
 
 
-def table(recipe: dict[str, Any], rows: Rows, metric: str, lower: bool) -> str:
+def table(recipe: dict[str, Any], rows: Rows) -> str:
     """Markdown."""
+    metric, lower = recipe["metric"], recipe["lower_is_better"]
     dense = next(row for row in rows if row["section"] == "dense")
     seeds = len({row["seed"] for row in rows if "seed" in row})
     lines = [
@@ -90,10 +91,10 @@ def table(recipe: dict[str, Any], rows: Rows, metric: str, lower: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def losers(rows: Rows, lower: bool, section: str = "gated") -> list[str]:
+def losers(recipe: dict[str, Any], rows: Rows, section: str = "gated") -> list[str]:
     """Where a method loses to random by more than the noise: a line each, for what the defaults may be."""
     own = [row for row in rows if row["section"] == section]
-    sign, found = (1 if lower else -1), []
+    sign, found = (1 if recipe["lower_is_better"] else -1), []
     for share in sorted({row["removed"] for row in own}):
         for name, form in FORMS:
             random = by_seed(own, method="random", removed=share, **form)
@@ -104,7 +105,7 @@ def losers(rows: Rows, lower: bool, section: str = "gated") -> list[str]:
     return found
 
 
-def plot(recipe: dict[str, Any], rows: Rows, metric: str, path: Path) -> None:
+def plot(recipe: dict[str, Any], rows: Rows, path: Path) -> None:
     """Metric against the removed share, with and without redistribution, bands over seeds."""
     figure, axes = canvas(LIGHT, height=7.2, rows=2)
     colours = (LIGHT.faint, LIGHT.fourth, LIGHT.main, LIGHT.third, LIGHT.second)
@@ -122,6 +123,6 @@ def plot(recipe: dict[str, Any], rows: Rows, metric: str, path: Path) -> None:
             axis.fill_between(at, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
         axis.set_xticks([100 * share for share in shares])
         headline(axis, LIGHT, f"{recipe['subject']}: cut{'' if name == 'cut' else ' and redistributed'}")
-        labels(axis, LIGHT, "gated parameters removed, %", metric)
+        labels(axis, LIGHT, "gated parameters removed, %", recipe["metric"])
     axes[0].legend(frameon=False, labelcolor=LIGHT.ink, fontsize=9.5)
     figure.savefig(path)

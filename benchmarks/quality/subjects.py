@@ -94,9 +94,10 @@ class Stories:
     metric, lower_is_better, language_model, loss, without = "NLL", True, True, None, ()
 
     def __init__(self, folder, *, calibration_blocks=96, length=256, held_out=60, heal_steps=60, heal_batch=8,
-                 heal_length=256, heal_rate=1e-3, gate_steps=120):  # fmt: skip
-        self.recipe = {name: value for name, value in locals().items() if name not in ("self", "folder")}
-        self.__dict__.update(self.recipe)
+                 heal_length=256, heal_rate=1e-3, heal_bf16=False, gate_steps=120):  # fmt: skip
+        recipe = {name: value for name, value in locals().items() if name not in ("self", "folder")}
+        self.__dict__.update(recipe)
+        self.recipe = {"metric": self.metric, "lower_is_better": self.lower_is_better, **recipe}
         self.tokenizer = stories_tokenizer()
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
@@ -127,6 +128,7 @@ class Stories:
         ppnet.heal(
             small, self.model, self.training_blocks(seed, self.heal_steps), steps=self.heal_steps,
             learning_rate=self.heal_rate, batch_size=self.heal_batch, seed=seed, progress=False,
+            arguments={"bf16": self.heal_bf16},
         )  # fmt: skip
         return small.eval()
 
@@ -148,9 +150,10 @@ class MiniLM:
     metric, lower_is_better, language_model, without = "Spearman", False, False, ("kl",)
     loss = staticmethod(sentences.sentence_loss)
 
-    def __init__(self, *, calibration_sentences=1024, heal_steps=30, heal_batch=32, heal_rate=3e-4):
-        self.recipe = {name: value for name, value in locals().items() if name != "self"}
-        self.__dict__.update(self.recipe)
+    def __init__(self, *, calibration_sentences=1024, heal_steps=15, heal_batch=32, heal_rate=3e-4):
+        recipe = {name: value for name, value in locals().items() if name != "self"}
+        self.__dict__.update(recipe)
+        self.recipe = {"metric": self.metric, "lower_is_better": self.lower_is_better, **recipe}
         self.model, self.tokenizer = sentences.load_minilm()
         self.pairs = sentences.sts_pairs()
 
@@ -161,7 +164,9 @@ class MiniLM:
         )  # fmt: skip
 
     def measure(self, model):
-        return sentences.spearman(model, self.tokenizer, self.pairs)
+        # 1.7 times faster than float32 here; the dense model's correlation moves by 0.0001.
+        with torch.autocast("cpu", torch.bfloat16):
+            return sentences.spearman(model, self.tokenizer, self.pairs)
 
     def heal(self, small, seed):
         count = self.heal_steps * self.heal_batch
@@ -179,7 +184,7 @@ def stories260k(folder):
 
 def stories5m(folder):
     train_stories_model(folder / "stories5m")
-    return Stories(folder / "stories5m", heal_steps=20, heal_length=128, gate_steps=60)
+    return Stories(folder / "stories5m", heal_steps=20, heal_length=128, heal_rate=3e-4, heal_bf16=True, gate_steps=60)
 
 
 def minilm(folder):
