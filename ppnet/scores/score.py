@@ -44,15 +44,16 @@ def score(
     Works on models with and without gates (with gates: on their dense pass). Nothing is wrapped: hooks look at what
     enters the output projections and at its gradient. Gradients of parameters are neither computed nor touched. Memory:
     a forward pass with activations kept for backward, plus what enters each output projection once more; without
-    gradients (``activation``, ``bias``) only the forward pass; ``magnitude`` and ``random`` run no data. Activation
-    checkpointing is heeded.
+    gradients (``activation``, ``bias``) only the forward pass; ``magnitude`` and ``random`` run no data. ``obs``, and so
+    ``mama`` unless ``weights={"obs": 0}``, also hold (F, F) numbers for the F features of every output projection (0.5 GB
+    a layer for 11,008 neurons). Activation checkpointing is heeded.
 
     Args:
         model: a dense `PreTrainedModel` of a supported family.
         data: text, a file's name, token ids, a dataset or batches (`ppnet.calibration.calibration_batches`); None for
             methods that need none.
-        method: ``activation``, ``bias``, ``kl``, ``magnitude``, ``mama``, ``movement``, ``random``, ``reward`` or
-            ``taylor``.
+        method: ``activation``, ``bias``, ``kl``, ``magnitude``, ``mama``, ``movement``, ``obs``, ``random``,
+            ``reward`` or ``taylor``.
         tokenizer, length, batch_size, max_tokens, column, separator, bos: how data is read, as there.
         seed: which part of a long text is used, and what ``random`` and ``kl`` draw.
         loss: (the model's output, batch) -> losses (B,), one per sequence; None: NLL of the labels, summed over tokens.
