@@ -148,3 +148,57 @@ def test_losers_to_random_are_named():
     (line,) = losers({"lower_is_better": True}, rows)
     assert line.startswith("worse at 50% cut: 0.500 worse")
     assert [name.split()[0] for name in losers({"lower_is_better": False}, rows)] == []
+
+
+# ---- the study of scores ---------------------------------------------------------------------------------------------
+
+
+class Tiny:
+    """A subject of one tiny model; its metric is the distance of its logits from the dense model's."""
+
+    metric, lower_is_better, language_model, loss, without = "distance", True, True, None, ("kl",)
+    recipe = {"metric": "distance", "lower_is_better": True, "subject": "tiny"}
+
+    def __init__(self):
+        from helpers import tiny, token_ids
+
+        self.model, self.ids = tiny("llama").eval(), token_ids(batch=8, length=24)
+        self.healed = 0
+
+    def calibration(self, seed):
+        return [{"input_ids": self.ids.roll(seed), "labels": self.ids.roll(seed)}]
+
+    @torch.no_grad()
+    def measure(self, model):
+        return float((model(self.ids).logits - self.model(self.ids).logits).norm())
+
+    def heal(self, small, seed):
+        self.healed += 1
+        return small
+
+
+def test_the_study_of_scores_goes_on_where_it_was(tmp_path):
+    import scores
+    from scores_table import losers, plot, read, table
+    from store import Rows
+
+    path, subject = tmp_path / "scores-tiny.jsonl", Tiny()
+    scores.Study(subject, Rows(path, subject.recipe), healing=False).run(1, ["gated", "masks"])
+    rows = Rows(path, subject.recipe)
+    methods = [name for name in scores.METHODS if name != "kl"]
+    assert len(rows.rows) == 1 + len(methods) * 3 * 2 + 2 * 3 and subject.healed == 0
+    assert rows.select(section="dense")[0]["value"] == 0
+    for method in methods:
+        cut = {row["removed"]: row for row in rows.select(section="gated", method=method, redistributed=False)}
+        assert 0 < cut[0.25]["value"] and cut[0.75]["params"] < cut[0.5]["params"] < cut[0.25]["params"]
+    before = path.read_text()
+    scores.Study(subject, rows, healing=False).run(1, ["gated", "masks"])
+    assert path.read_text() == before
+    scores.Study(subject, rows).run(1, ["gated"])
+    assert path.read_text().startswith(before) and subject.healed == len(methods) * 3 * 2
+    recipe, found = read(path)
+    text = table(recipe, found)
+    assert "| heads and neurons | 25% cut | 25% +R | 25% +H | 25% +RH |" in text and "| obs |" in text
+    assert "| wanda |" in text and all(isinstance(line, str) for line in losers(recipe, found))
+    plot(recipe, found, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").stat().st_size > 10_000
