@@ -117,7 +117,7 @@ class Study:
                 )
 
     def neurons(self, seed, data):
-        if not self.subject.language_model:
+        if not self.subject.language_model or seed > 0:  # other libraries' choices hardly depend on the data
             return
         model, scores = self.subject.model, self.scores(seed, data, NEURON_METHODS)
         costs = cost_model(model, self.structure)
