@@ -42,11 +42,13 @@ def score(
     """Scores every unit of a model, in one pass over calibration data. The model is left as it was.
 
     Works on models with and without gates (with gates: on their dense pass). Nothing is wrapped: hooks look at what
-    enters the output projections and at its gradient. Gradients of parameters are neither computed nor touched. Memory:
-    a forward pass with activations kept for backward, plus what enters each output projection once more; without
-    gradients (``activation``, ``bias``) only the forward pass; ``magnitude`` and ``random`` run no data. ``obs``, and so
-    ``mama`` unless ``weights={"obs": 0}``, also hold (F, F) numbers for the F features of every output projection (0.5 GB
-    a layer for 11,008 neurons). Activation checkpointing is heeded.
+    enters the output projections and at its gradient. Gradients of parameters are neither computed nor touched.
+    Activation checkpointing is heeded.
+
+    Memory: a forward pass with activations kept for backward, plus what enters each output projection once more;
+    without gradients (``activation``, ``bias``) only the forward pass; ``magnitude`` and ``random`` run no data.
+    ``obs``, and so ``mama`` unless ``weights={"obs": 0}``, also hold (F, F) numbers for the F features of every output
+    projection: 0.5 GB a layer for 11,008 neurons.
 
     Args:
         model: a dense `PreTrainedModel` of a supported family.
