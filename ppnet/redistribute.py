@@ -174,12 +174,15 @@ class Projection:
     def features(self, units: Tensor) -> Tensor:
         return self.site.consumer.features(units).to(self.dense.weight.device)
 
-    def add(self, dense: Tensor, small: Tensor, output: Tensor, real: Tensor, method: str) -> None:
-        """Adds the tokens of one batch that are `real`: both models' features and what the projection should give."""
+    def add(self, dense: Tensor | None, small: Tensor, output: Tensor, real: Tensor, method: str) -> None:
+        """Adds the tokens of one batch that are `real`: both models' features (the dense one's for `nearest` alone), and
+        what the projection should give."""
         output = output[real].to(self.folded.dtype)
         if self.dense.bias is not None:
             output = output - self.dense.bias.to(output)
-        removed = dense[real][:, self.features(self.removed)] if method == "nearest" else None
+        removed = None
+        if method == "nearest" and dense is not None:
+            removed = dense[real][:, self.features(self.removed)]
         self.moments.add(small[real], output, self.folded, removed)
 
     def refit(self, method: str, ridge: float) -> dict[str, float]:
@@ -229,44 +232,58 @@ def _in_one_pass(model: nn.Module, small: nn.Module, sites: Sequence[Projection]
                 projection.add(dense.input, features, dense.output, trace.real, method)
 
 
-def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, before: Sequence[Site], index: int,
-                 traces: Sequence[Trace], method: str) -> None:  # fmt: skip
+@dataclass
+class DenseLayer:
+    """What the dense model's layer gave for one batch.
+
+    Attributes:
+        inputs: what entered each site's consumer, ``(B, T, features)``; None where no method asks for it.
+        outputs: what each site's consumer gave, ``(B, T, D)``.
+        hidden: what the layer gave, ``(B, T, D)``.
+    """
+
+    inputs: list[Tensor | None]
+    outputs: list[Tensor]
+    hidden: Tensor
+
+
+def _dense_layer(model: nn.Module, layer: Sequence[Site], index: int, trace: Trace, method: str) -> DenseLayer:
+    taps = [Tap() for _ in layer]
+    with hooked(*((leaf_module(model, site.consumer), tap) for site, tap in zip(layer, taps, strict=True))):
+        hidden = trace.calls[index].run(decoder_layer(model, layer[0]), trace.dense)
+    inputs = [tap.input if method == "nearest" else None for tap in taps]
+    return DenseLayer(inputs, [tap.output for tap in taps], hidden)
+
+
+def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, layer: Sequence[Site], index: int,
+                 traces: Sequence[Trace], dense: Sequence[DenseLayer], method: str) -> None:  # fmt: skip
     """Adds all tokens of one site: each model's sub-layer gets its own model's inputs.
 
     The small model's residual stream is off by what its sub-layers before have failed to give. That is added to what
     the projection should give, so that the stream is right again afterwards (with a norm after the sum: what enters
     that is).
     """
-    owners = [(m, decoder_layer(m, projection.site)) for m in (model, small)]
-    earlier = [[Tap() for _ in before] for _ in owners]
-    ends = [Tap(stop=True) for _ in owners]
+    number = layer.index(projection.site)
+    before = layer[:number]
+    earlier, end = [Tap() for _ in before], Tap(stop=True)
     wide = projection.folded.dtype
-    with ExitStack() as hooks:
-        for (owner, _), taps, end in zip(owners, earlier, ends, strict=True):
-            pairs = [(leaf_module(owner, s.consumer), tap) for s, tap in zip(before, taps, strict=True)]
-            hooks.enter_context(hooked(*pairs, (leaf_module(owner, projection.site.consumer), end)))
-        for trace in traces:
-            trace.calls[index].run_until(owners[0][1], trace.dense)
-            trace.calls[index].run_until(owners[1][1], trace.small)
-            starts = trace.dense.to(wide), trace.small.to(wide)
-            now, own = (
-                stream(owner, before, start, [tap.output for tap in taps])
-                for (owner, _), start, taps in zip(owners, starts, earlier, strict=True)
-            )
-            projection.add(ends[0].input, ends[1].input, ends[0].output + (now - own), trace.real, method)
+    pairs = [(leaf_module(small, site.consumer), tap) for site, tap in zip(before, earlier, strict=True)]
+    with hooked(*pairs, (leaf_module(small, projection.site.consumer), end)):
+        for trace, whole in zip(traces, dense, strict=True):
+            trace.calls[index].run_until(decoder_layer(small, projection.site), trace.small)
+            now = stream(model, before, trace.dense.to(wide), whole.outputs[:number])
+            own = stream(small, before, trace.small.to(wide), [tap.output for tap in earlier])
+            projection.add(whole.inputs[number], end.input, whole.outputs[number] + (now - own), trace.real, method)
 
 
 def _advance(model: nn.Module, small: nn.Module, layer: Sequence[Site], index: int, traces: Sequence[Trace],
-             sequential: bool) -> None:  # fmt: skip
-    """Moves all hidden states through a layer."""
-    taps = [Tap() for _ in layer]
+             dense: Sequence[DenseLayer] | None, sequential: bool) -> None:  # fmt: skip
+    """Moves all hidden states through a layer, which the dense model may have gone through already."""
     for number, trace in enumerate(traces):
-        with hooked(*((leaf_module(model, s.consumer), tap) for s, tap in zip(layer, taps, strict=True))):
-            hidden = trace.calls[index].run(decoder_layer(model, layer[0]), trace.dense)
+        whole = _dense_layer(model, layer, index, trace, "") if dense is None else dense[number]
         if number == 0:
-            outputs = [tap.output for tap in taps]
-            trace.check(hidden, stream(model, layer, trace.dense, outputs) if sequential else None, index)
-        trace.dense = hidden
+            trace.check(whole.hidden, stream(model, layer, trace.dense, whole.outputs) if sequential else None, index)
+        trace.dense = whole.hidden
         if sequential:
             trace.small = trace.calls[index].run(decoder_layer(small, layer[0]), trace.small)
 
@@ -287,8 +304,8 @@ def redistribute(
     """Refits the output projections of a compacted model, in place.
 
     The data goes through both models' layers one by one (`ppnet.layerwise`): held at a time are the hidden states of
-    all tokens, of both, and the sums of one layer: for each of its sites ``k^2 + D k`` numbers in float64
-    for k kept features and width D.
+    all tokens, of both, in sequence also the dense sub-layers' outputs of one layer (and, for `nearest`, inputs), and
+    the sums of one layer: for each of its sites ``k^2 + D k`` numbers in float64 for k kept features and width D.
 
     Args:
         model: the dense model, in evaluation mode and bypassing its gates, if any (but not their amplitudes at u = 0).
@@ -339,13 +356,15 @@ def redistribute(
                 chosen.append(Projection(model, small, site, kept, scale_of[site.name]))
         if chosen and not sequential:
             _in_one_pass(model, small, chosen, index, traces, method)
+        dense = None
+        if chosen and sequential:
+            dense = [_dense_layer(model, layer, index, trace, method) for trace in traces]
         for projection in chosen:
-            if sequential:
-                before = layer[: layer.index(projection.site)]
-                _in_sequence(model, small, projection, before, index, traces, method)
+            if dense is not None:
+                _in_sequence(model, small, projection, layer, index, traces, dense, method)
             errors[projection.site.name] = projection.refit(method, ridge)
         if index + 1 < len(layers):
-            _advance(model, small, layer, index, traces, sequential)
+            _advance(model, small, layer, index, traces, dense, sequential)
     return {"method": method, "ridge": ridge, "sequential": sequential, "tokens": tokens, "errors": errors}
 
 
