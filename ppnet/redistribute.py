@@ -175,8 +175,8 @@ class Projection:
         return self.site.consumer.features(units).to(self.dense.weight.device)
 
     def add(self, dense: Tensor | None, small: Tensor, output: Tensor, real: Tensor, method: str) -> None:
-        """Adds the tokens of one batch that are `real`: both models' features (the dense one's for `nearest` alone), and
-        what the projection should give."""
+        """Adds the tokens of one batch that are `real`: both models' features, of which `nearest` alone asks for the
+        dense one's, and what the projection should give."""
         output = output[real].to(self.folded.dtype)
         if self.dense.bias is not None:
             output = output - self.dense.bias.to(output)
