@@ -130,7 +130,7 @@ def variants(dtype: torch.dtype, folder: Path) -> dict[str, Variant]:
 
     made["torch.compile"] = Variant(compiled(dense), weight_bytes(dense))
     made["torch.compile, frozen weights"] = Variant(compiled(dense, freezing=True), weight_bytes(dense))
-    small = {size: compact(dense, size, check=False) for size in (0.5, 0.25)}
+    small = {size: compact(dense, size, scores="magnitude", check=False) for size in (0.5, 0.25)}
     add("ours", accelerate(copy.deepcopy(dense)), weight_bytes(dense))
     for size, model in small.items():
         add(f"ours, size {size}", accelerate(model), weight_bytes(model))

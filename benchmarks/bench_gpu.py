@@ -202,7 +202,7 @@ def training(shape: Shape, place: Place) -> Iterator[Row]:
 def compacting(shape: Shape, place: Place) -> Iterator[Row]:
     model = shape.model(torch.bfloat16, place.device).eval()
     for size in (0.75, 0.5, 0.25):
-        planned = plan(model, size)
+        planned = plan(model, size, scores="magnitude")
         small = compact(model, planned, check=False)
         kept = list(small.parameters())
         ours, copying = [], []
@@ -214,7 +214,7 @@ def compacting(shape: Shape, place: Place) -> Iterator[Row]:
             "seconds": vars(Band.of(ours)),
             "copying s": statistics.median(copying),
             "x the time of copying": ratio(ours, copying),
-            "plan s": place.gpu.elapsed(lambda size=size: plan(model, size)),
+            "plan s": place.gpu.elapsed(lambda size=size: plan(model, size, scores="magnitude")),
             "kept bytes": sum(parameter.numel() * parameter.element_size() for parameter in kept),
             "parameters before": sum(parameter.numel() for parameter in model.parameters()),
         }
@@ -279,7 +279,9 @@ def models(shape: Shape, place: Place) -> dict[str, tuple[Any, Row]]:
     dense = shape.model(torch.bfloat16, place.device).eval()
     made: dict[str, tuple[Any, Row]] = {"dense": (dense, {})}
     for fraction in FRACTIONS:
-        kept = plan(dense, fraction, metric="flops", of="gated", multiple_of={"neuron": shape.multiple})
+        kept = plan(
+            dense, fraction, metric="flops", of="gated", multiple_of={"neuron": shape.multiple}, scores="magnitude"
+        )
         promised = {
             "gated FLOPs asked": fraction,
             "ideal x, 1 / fraction": round(1 / fraction, 3),

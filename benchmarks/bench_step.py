@@ -138,7 +138,7 @@ def linear_of(module, x):
 def smallest_model():
     """The model with one unit per site: what is left to train is the ungated rest."""
     net = model()
-    return compact(net, inspect(net).smallest.params, check=False).train()
+    return compact(net, inspect(net).smallest.params, scores="magnitude", check=False).train()
 
 
 def peak_of(step):

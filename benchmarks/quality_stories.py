@@ -64,7 +64,7 @@ def main():
     rows = {"original": nll(original, tokenizer, valid), "magnitude": {}, "elastic": {}, "fine-tuned": []}
     rows["seconds"] = []
     for fraction in FRACTIONS:
-        small = compact(original, plan(original, fraction, of="gated"))
+        small = compact(original, plan(original, fraction, of="gated", scores="magnitude"))
         rows["magnitude"][str(fraction)] = nll(small, tokenizer, valid)
         rows["elastic"][str(fraction)] = []
     log = tempfile.mkdtemp()

@@ -27,9 +27,10 @@ from ppnet.plan import Plan
 from ppnet.redistribute import RIDGE, check_options
 from ppnet.redistribute import redistribute as refit
 from ppnet.scores.probe import remove_probes
+from ppnet.scores.score import score
 from ppnet.shipped import shipped
 from ppnet.size import plan as plan_for_size
-from ppnet.size import refuse_options
+from ppnet.size import refuse_options, unranked
 from ppnet.units import Site, Structure
 from ppnet.wrap import is_accelerated, is_wrapped, strip, structure_for
 
@@ -53,11 +54,14 @@ def compact(
     """A new, smaller model holding the units that a plan keeps. The given model is not changed.
 
     Works on models with gates (`ppnet.wrap`), whose amplitudes at the plan's u are folded into the weights in float32,
-    and on models that never had any. Weights keep their dtype, device and `requires_grad`; tied embeddings stay tied.
-    Peak memory is the dense plus the small model. The plan is attached as ``result.ppnet_plan``.
+    and on models that never had any: these need a plan, ``scores=...``, or data to be scored on. Weights keep their
+    dtype, device and `requires_grad`; tied embeddings stay tied. Peak memory is the dense plus the small model. The
+    plan is attached as ``result.ppnet_plan``.
 
     With `redistribute`, the output projections are refitted so that the units that stay take over what removed ones
-    gave (`ppnet.redistribute`); what was done is in ``result.ppnet_plan.extra["redistribution"]``.
+    gave (`ppnet.redistribute`); what was done is in ``result.ppnet_plan.extra["redistribution"]``. A size of a model
+    with neither gates nor ``scores=`` is then filled by ``ppnet.score``'s default method on the same data (a forward
+    and a backward pass more), which ``source`` and ``extra["scores"]`` of the plan say.
 
     Args:
         model: a `PreTrainedModel` of a supported family.
@@ -79,7 +83,8 @@ def compact(
     Raises:
         UnsupportedModelError: unknown family, adapters, quantised modules, already compacted, or a head that the
             shipped classes do not have.
-        PlanError: the plan is of another model.
+        PlanError: the plan is of another model; nothing ranks the units (neither gates, scores nor data), or
+            `ppnet.score` cannot score this model without a loss (encoders); options that `ppnet.plan` refuses.
         SizeError: the size cannot be met.
         EquivalenceError: the result does not reproduce the masked model.
         DataError: the data cannot be read, or the model gives NaN on it.
@@ -88,13 +93,21 @@ def compact(
     method = _method(redistribute, redistribution, ridge)
     # The copy has the stock forward, too: a Trainer with bf16 leaves one on the model that autocasts.
     with mixed_precision_off(model):
-        plan = _plan(model, size_or_plan, metric, plan_kwargs)
+        batches: Any = None
+        if isinstance(size_or_plan, Plan) or is_wrapped(model) or plan_kwargs.get("scores") is not None:
+            plan = _plan(model, size_or_plan, metric, plan_kwargs)
+        else:
+            _check_size(model, size_or_plan, metric, plan_kwargs, redistribute)
+            batches = _batches(model, redistribute, tokenizer, column)
+            plan = _plan_on(batches, model, size_or_plan, metric, plan_kwargs)
         structure = planned_structure(model, plan)
         scales = _scales(model, structure, plan)
-        batches = None if method == "none" else _batches(model, redistribute, tokenizer, column)
+        refitted = method != "none"
+        if refitted and batches is None:
+            batches = _batches(model, redistribute, tokenizer, column)
         small = _copy_kept(model, structure, plan, scales)
         _fit_config(small, structure, plan)
-        if batches is not None:
+        if refitted:
             with as_dense(model, structure, plan), plain_evaluation(model, small):
                 done = refit(
                     model, small, structure, plan, scales, batches, method=method, ridge=ridge, sequential=sequential
@@ -102,7 +115,7 @@ def compact(
             plan = replace(plan, extra={**plan.extra, "redistribution": done})
         small.ppnet_plan = plan
         if check:
-            check_equivalent(model, small, structure, plan, refitted=batches is not None)
+            check_equivalent(model, small, structure, plan, refitted=refitted)
     return small
 
 
@@ -144,6 +157,35 @@ def _plan(model: nn.Module, size_or_plan: Any, metric: str, plan_kwargs: dict[st
         return plan_for_size(model, size_or_plan, metric=metric, **plan_kwargs)
     refuse_options("size_or_plan is already a Plan", metric=metric, **plan_kwargs)
     return size_or_plan
+
+
+def _check_size(model: nn.Module, size: Any, metric: str, plan_kwargs: dict[str, Any], data: Any) -> None:
+    """Refuses what no scores can help, before a pass over the data is spent on them.
+
+    Raises:
+        PlanError: there is no data. All that `ppnet.plan` raises.
+    """
+    structure_for(model)
+    if data is None:
+        raise unranked(model, "give redistribute=data, which then ranks them, too, or ")
+    _plan(model, size, metric, {**plan_kwargs, "scores": "random"})
+
+
+def _plan_on(batches: Any, model: nn.Module, size: Any, metric: str, plan_kwargs: dict[str, Any]) -> Plan:
+    """The plan by scores of the default method, from the data of the redistribution."""
+    try:
+        scores = score(model, batches, max_tokens=None)
+    except DataError as error:
+        raise renamed(error, "redistribute", "data") from error
+    except PPNetError as error:
+        raise PlanError(
+            f"scores: None, so that the units were to be scored on the data of redistribute, but {error} compact "
+            "takes no loss: give scores=ppnet.score(model, data, loss=...), or of a method without gradients, "
+            'scores=ppnet.score(model, data, method="activation").'
+        ) from error
+    plan = _plan(model, size, metric, {**plan_kwargs, "scores": scores})
+    about = {"method": scores.method, "data": "redistribute", "tokens": scores.tokens}
+    return replace(plan, extra={**plan.extra, "scores": about})
 
 
 def _scales(model: nn.Module, structure: Structure, plan: Plan) -> Scales:

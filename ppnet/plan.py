@@ -30,7 +30,7 @@ class Plan:
         metric: ``params``, ``flops``, ``bytes``, or another of `ppnet.metrics`.
         u: position on the gates' cost axis, u = lambda / (lambda + 1) in [0, 1]; the amplitudes are taken there. 0 for
             plans made without gates.
-        source: what ranked the units: ``gates``, ``magnitude``, the method of scores, or a caller's word.
+        source: what ranked the units: ``gates``, the method of scores, or a caller's word.
         extra: of a metric that is not in `cost`: the size ``achieved``, that of ``dense``, and how they were read.
     """
 

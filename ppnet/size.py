@@ -1,7 +1,7 @@
 """From a size to kept units: `plan`, `resize` and `size_curve`.
 
-The order of the units comes from the gates (how far up the cost axis a unit stays), from given scores, or from
-magnitude; `ppnet.allocation` fills it up to the unit, and `ppnet.metrics` says what a size counts.
+The order of the units comes from the gates (how far up the cost axis a unit stays) or from scores, of which there is
+no default; `ppnet.allocation` fills it up to the unit, and `ppnet.metrics` says what a size counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ppnet.allocation import (
     score_keys,
 )
 from ppnet.cost import Cost, CostModel, cost_model
-from ppnet.errors import PlanError, PPNetError, SizeError
+from ppnet.errors import CheckpointError, PlanError, PPNetError, SizeError
 from ppnet.gates.puppet import Puppet
 from ppnet.gates.solve import bracket
 from ppnet.metrics import Meter, count, dense, get_meter, total
@@ -81,11 +81,40 @@ def _gate_keys(puppet: Puppet) -> list[Tensor]:
     return finite(puppet.order_key().split([site.units for site in structure.sites]), structure, "gates")
 
 
-def _magnitude_keys(model: nn.Module, structure: Structure) -> list[Tensor]:
-    from ppnet.scores.magnitude import magnitudes
+def unranked(model: nn.Module, first: str = "") -> PlanError:
+    """The error for a model whose units nothing ranks.
 
-    with torch.no_grad():
-        return finite(magnitudes(model, structure), structure, "weights")
+    Args:
+        first: a way out that only the caller has, to be named before the others.
+    """
+    return PlanError(
+        f"scores: None, and this {type(model).__name__} has no gates to rank its units; {first}give "
+        "scores=ppnet.score(model, data, tokenizer=...), or, without data, "
+        'scores="magnitude", which can lose to units drawn at random (scores="random").'
+    )
+
+
+def _score_keys(model: nn.Module, structure: Structure, scores: Any) -> tuple[list[Tensor], str]:
+    """Keys and source of given scores: a method's by its name, a file's, or as they are."""
+    # Imported here: plans by gates need no scorers.
+    from ppnet.scores.registry import SCORERS
+    from ppnet.scores.score import without_data
+
+    if isinstance(scores, str) and scores in SCORERS:
+        if SCORERS[scores].needs({}):
+            raise PlanError(
+                f"scores: {scores!r} needs data to rank units by; give scores=ppnet.score(model, data, "
+                f'method="{scores}").'
+            )
+        return finite(without_data(model, structure, scores), structure, "weights"), scores
+    try:
+        given = given_scores(scores)
+    except CheckpointError as error:
+        if not isinstance(scores, str) or os.path.exists(scores):
+            raise
+        free = ", ".join(sorted(name for name, scorer in SCORERS.items() if not scorer.needs({})))
+        raise CheckpointError(f"{error} Nor is it the name of a method that needs no data ({free}).") from error
+    return score_keys(given, structure), str(getattr(given, "method", "scores"))
 
 
 def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
@@ -116,17 +145,18 @@ def plan(
     """Which units stay at a size. Nothing is changed.
 
     Args:
-        model: wrapped (its gates rank the units) or never wrapped (magnitude ranks them: the product of a unit's input
-            and output norms, as ``ppnet.score(model, method="magnitude")``).
+        model: wrapped (its gates rank the units) or never wrapped (it then needs `scores`).
         size: a number <= 1 is a fraction of dense, a larger one absolute, in units of `metric`.
         metric: ``"params"``, ``"flops"`` (per token, `ppnet.cost`), ``"bytes"`` of the weights, or ``"latency"``:
             microseconds of one decoding step, measured on the model's device (`ppnet.latency`).
         of: a fraction of the whole ``"model"``, or of the ``"gated"`` units alone.
-        scores: `ppnet.Scores`, the name of a file of them, or any mapping of site name -> one score per unit, higher
-            stays; overrides gates and magnitude.
-        allocation: for scores and magnitude, not for gates: ``"uniform"`` keeps the same fraction of every site,
-            ``"global"`` compares scores across sites, ``"cost"`` compares scores per what a unit costs in `metric` (the
-            knapsack).
+        scores: what ranks the units in place of gates: `ppnet.Scores`, the name of a file of them, or any mapping of
+            site name -> one score per unit, higher stays; or the name of a method that needs no data, ``"magnitude"``
+            or ``"random"``, as ``ppnet.score(model, method=...)`` scores by default. A string that names both is the
+            method; a file of that name is ``"./magnitude"``. Magnitude is no default, as it can lose to random units:
+            where there is data, give ``ppnet.score(model, data, tokenizer=...)``.
+        allocation: for scores, not for gates: ``"uniform"`` keeps the same fraction of every site, ``"global"``
+            compares scores across sites, ``"cost"`` compares scores per what a unit costs in `metric` (the knapsack).
         normalise: for ``"global"`` and ``"cost"``: ``"kind"`` divides scores by their mean over all units of a kind,
             ``"site"`` by that of the site, so that scores of another scale can be compared; ``"none"``.
         floor: fraction of the units of every site that stays in any case, for all or by kind, e.g.
@@ -135,13 +165,14 @@ def plan(
             multiple, or its last, incomplete multiple, is kept or dropped whole.
 
     Returns:
-        The plan; it costs at most `size`, and less than one unit (or multiple) less. Its `source` is ``gates``,
-        ``magnitude``, the method of `ppnet.Scores`, or ``scores``.
+        The plan; it costs at most `size`, and less than one unit (or multiple) less. Its `source` is ``gates``, the
+        method of the scores, or ``scores`` where these do not tell.
 
     Raises:
         SizeError: above dense, or below the smallest possible size (which is named).
-        PlanError: bad `scores`, `allocation`, `normalise`, `floor` or `multiple_of`; weights or gates that are NaN or
-            infinite.
+        PlanError: neither gates nor `scores`, or those of a method that needs data; bad `scores`, `allocation`,
+            `normalise`, `floor` or `multiple_of`; weights or gates that are NaN or infinite.
+        CheckpointError: `scores` is neither a file of scores nor a method.
         PPNetError: an unknown `metric` or `of`.
     """
     check_allocation(allocation, normalise)
@@ -156,10 +187,9 @@ def plan(
     if gated:
         keys, source = _gate_keys(engine_of(model).puppet), "gates"
     elif scores is None:
-        keys, source = _magnitude_keys(model, structure), "magnitude"
+        raise unranked(model)
     else:
-        scores = given_scores(scores)
-        keys, source = score_keys(scores, structure), str(getattr(scores, "method", "scores"))
+        keys, source = _score_keys(model, structure, scores)
     multiples = multiples_of(multiple_of, structure)
     least = least_units(floor, structure, multiples)
     meter = get_meter(model, structure, costs, metric)

@@ -66,7 +66,7 @@ def engine_of(model: nn.Module) -> Engine:
     if not is_wrapped(model):
         raise UnsupportedModelError(
             f"model: this {type(model).__name__} carries no gates; call ppnet.wrap(model) first, or use ppnet.plan and "
-            "ppnet.compact, which also work on a model that was never wrapped."
+            "ppnet.compact with scores=..., which also work on a model that was never wrapped."
         )
     engine: Engine = model.__dict__[ENGINE]
     return engine

@@ -71,15 +71,16 @@ def test_resize_then_compact_then_eval(ok, ppnet, folders, tmp_path):
     assert as_it_is["rows"][0]["params"] == written["cost"]["params"]
     assert ok("bench", small, "--rounds", 1)["rows"][0]["params"] == written["cost"]["params"]
     code, out, _ = ppnet(
-        "compact", folders["dense"], "--size", 20_000, "--out", tmp_path / "by_magnitude", "--no-check"
-    )
+        "compact", folders["dense"], "--size", 20_000, "--scores", "magnitude", "--out", tmp_path / "by_magnitude",
+        "--no-check",
+    )  # fmt: skip
     assert code == 0 and "magnitude" in out and "not compared" in out
     assert ok("resize", folders["puppet"], "--size", 0.5, "--of", "gated", "--multiple-of", "neuron=4")["of"] == "gated"
 
 
 def test_compact_with_redistribution_then_heal(ok, ppnet, refused, folders, tmp_path):
     small, healed = tmp_path / "small", tmp_path / "healed"
-    size = ("--size", 0.5, "--of", "gated")
+    size = ("--size", 0.5, "--of", "gated", "--scores", "magnitude")
     plain = ok("compact", folders["dense"], *size, "--out", tmp_path / "plain")
     assert plain["redistribution"] is None
     made = ok("compact", folders["dense"], *size, "--redistribute", folders["text"], "--out", small)

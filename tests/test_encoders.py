@@ -272,7 +272,7 @@ def test_decoders_of_the_family_and_what_only_decoders_do():
         lambda: ppnet.accelerate(model),
         lambda: ppnet.evaluate.perplexity(model, None, [[3, 4, 5]]),
         lambda: ppnet.evaluate.speed(model, prompt_tokens=4, new_tokens=2),
-        lambda: ppnet.plan(model, 0.9, metric="latency"),
+        lambda: ppnet.plan(model, 0.9, metric="latency", scores="magnitude"),
     ):
         with pytest.raises(UnsupportedModelError, match=r"BertForMaskedLM is an encoder, which has no"):
             call()

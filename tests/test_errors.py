@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -164,10 +165,10 @@ def test_numbers_of_other_libraries_are_stored_as_pythons_own():
 
 DENSE = sum(p.numel() for p in tiny("llama").parameters())
 CALLS = {
-    "plan": (tiny, ppnet.plan),
+    "plan": (tiny, partial(ppnet.plan, scores="magnitude")),
     "plan gated": (lambda name: gated(), ppnet.plan),
     "resize": (lambda name: gated(), ppnet.resize),
-    "compact": (tiny, ppnet.compact),
+    "compact": (tiny, partial(ppnet.compact, scores="magnitude")),
 }
 calls = pytest.mark.parametrize("build, call", CALLS.values(), ids=CALLS)
 
@@ -257,13 +258,15 @@ def poisoned(model, name, value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("build", [gated, lambda: tiny("llama")], ids=["gates", "magnitude"])
-def test_weights_that_are_not_finite_are_not_ranked(build, value):
+@pytest.mark.parametrize(
+    "build, options", [(gated, {}), (lambda: tiny("llama"), {"scores": "magnitude"})], ids=["gates", "magnitude"]
+)
+def test_weights_that_are_not_finite_are_not_ranked(build, options, value):
     model = poisoned(build(), "model.layers.1.mlp.up_proj.weight", value)
     message = r"model: the (gates|weights) of site 'layers\.1\.neuron' cannot be ranked: NaN or infinite for \d+ of 44"
     for call in (ppnet.plan, ppnet.compact):
         with pytest.raises(PlanError, match=message):
-            call(model, 0.6)
+            call(model, 0.6, **options)
 
 
 def test_gates_that_are_not_finite_rank_nothing():

@@ -413,7 +413,7 @@ def test_a_pruned_story_model_heals() -> None:
     def nll(model: Any) -> float:
         return perplexity(model, tokenizer, valid, separator=SEPARATOR, progress=False).nll
 
-    student = compact(teacher, ppnet.plan(teacher, 0.75, of="gated"))
+    student = compact(teacher, ppnet.plan(teacher, 0.75, of="gated", scores="magnitude"))
     before = nll(student)
     ppnet.heal(
         student, teacher, text, steps=50, tokenizer=tokenizer, length=128, batch_size=4, separator=SEPARATOR,

@@ -64,7 +64,7 @@ def test_plans_that_do_not_fit(call, kind):
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "plan.json"
-    ppnet.plan(tiny("llama"), 0.5).save(path)
+    ppnet.plan(tiny("llama"), 0.5, scores="magnitude").save(path)
     return path
 
 

@@ -264,7 +264,7 @@ def test_errors(data, method, options, error, message):
 def test_models_that_cannot_be_scored():
     model = tiny("llama")
     with pytest.raises(UnsupportedModelError, match="already compacted"):
-        score(ppnet.compact(model, 0.6, allocation="global"), IDS, "taylor")
+        score(ppnet.compact(model, 0.6, scores="magnitude", allocation="global"), IDS, "taylor")
     with pytest.raises(UnsupportedModelError, match="no config"):
         score(torch.nn.Linear(2, 2), IDS, "taylor")
     with torch.no_grad():

@@ -136,7 +136,7 @@ def test_magnitude_is_one_ranking(model_type):
         for index, parameter in enumerate(model.parameters()):
             if parameter.ndim == 1:
                 parameter.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    own, scored = ppnet.plan(model, 0.6), ppnet.plan(model, 0.6, scores=ppnet.score(model, method="magnitude"))
+    own, scored = (ppnet.plan(model, 0.6, scores=s) for s in ("magnitude", ppnet.score(model, method="magnitude")))
     assert own.source == scored.source == "magnitude" and own.kept == scored.kept
 
 
@@ -198,8 +198,8 @@ def test_floors():
         == 12
     )
     with pytest.raises(SizeError, match=r"is not possible; the smallest is .* or lower the floor"):
-        ppnet.plan(MODEL, 0.6, floor=0.9)
-    assert ppnet.plan(MODEL, 1.0, floor=1.0).is_dense()
+        ppnet.plan(MODEL, 0.6, scores="magnitude", floor=0.9)
+    assert ppnet.plan(MODEL, 1.0, scores="magnitude", floor=1.0).is_dense()
     gated = ppnet.wrap(tiny("llama"))
     assert min(counts(ppnet.plan(gated, 0.7, floor={"kv_group": 0.75}), "kv_group")) >= 3
 
@@ -219,7 +219,7 @@ def test_floors():
 )
 def test_options_of_allocation(options, message):
     with pytest.raises(PlanError, match=message):
-        ppnet.plan(MODEL, 0.7, **options)
+        ppnet.plan(MODEL, 0.7, **{"scores": "magnitude", **options})
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_latency_is_measured_once_and_met(clock, monkeypatch):
     assert meter.site(neurons, 300.5) == pytest.approx((meter.site(neurons, 300) + meter.site(neurons, 301)) / 2)
     whole = total(meter, meter.dense_units)
     for of, asked in (("gated", meter.fixed + 0.6 * (whole - meter.fixed)), ("model", 0.99 * whole)):
-        made = ppnet.plan(model, 0.6 if of == "gated" else 0.99, metric="latency", of=of)
+        made = ppnet.plan(model, 0.6 if of == "gated" else 0.99, scores="magnitude", metric="latency", of=of)
         achieved = total(meter, made.counts(structure))
         assert made.asked == pytest.approx(asked) and made.achieved == pytest.approx(achieved)
         assert made.achieved <= made.asked
@@ -262,14 +262,15 @@ def test_latency_is_measured_once_and_met(clock, monkeypatch):
         assert achieved + min(steps) > asked
         assert made.dense == pytest.approx(whole) and made.extra["unit"] == "microseconds" and made.extra["device"]
         assert Plan.from_dict(json.loads(made.to_json())) == made
-    absolute = ppnet.plan(model, math.floor(0.99 * whole), metric="latency")
+    absolute = ppnet.plan(model, math.floor(0.99 * whole), scores="magnitude", metric="latency")
     assert absolute.achieved <= math.floor(0.99 * whole)
     assert len(clock) == 3  # from memory
     monkeypatch.setattr(latency, "_TABLE", {})
-    assert ppnet.plan(model, 0.99, metric="latency").dense == pytest.approx(whole) and len(clock) == 3  # from the file
+    again = ppnet.plan(model, 0.99, scores="magnitude", metric="latency")
+    assert again.dense == pytest.approx(whole) and len(clock) == 3  # from the file
     latency.CACHE.write_text("{ damaged")
     monkeypatch.setattr(latency, "_TABLE", {})
-    ppnet.plan(model, 1.0, metric="latency")
+    ppnet.plan(model, 1.0, scores="magnitude", metric="latency")
     assert len(clock) == 6 and json.loads(latency.CACHE.read_text())
 
 
@@ -278,25 +279,25 @@ def test_the_table_of_latencies(clock, monkeypatch):
     torch.manual_seed(4)
     expected = float(torch.rand(()))
     torch.manual_seed(4)
-    ppnet.plan(model, 1.0, metric="latency")
+    ppnet.plan(model, 1.0, scores="magnitude", metric="latency")
     assert float(torch.rand(())) == expected and len(clock) == 3
-    ppnet.plan(model, 1.0, metric="latency")
+    ppnet.plan(model, 1.0, scores="magnitude", metric="latency")
     assert len(clock) == 3
     latency.CACHE.unlink()  # to measure anew
-    ppnet.plan(model, 1.0, metric="latency")
+    ppnet.plan(model, 1.0, scores="magnitude", metric="latency")
     assert len(clock) == 6
     stored = json.loads(latency.CACHE.read_text())
     for wrong in (float("nan"), -1.0, float("inf"), 0.0):
         latency.CACHE.write_text(json.dumps(dict.fromkeys(stored, wrong)))
         latency._TABLE.clear()
-        assert 0 < ppnet.plan(model, 1.0, metric="latency").dense < float("inf")
+        assert 0 < ppnet.plan(model, 1.0, scores="magnitude", metric="latency").dense < float("inf")
     measured = len(clock)
     ppnet.accelerate(model)
-    ppnet.plan(model, 1.0, metric="latency")
+    ppnet.plan(model, 1.0, scores="magnitude", metric="latency")
     assert len(clock) == measured + 1  # of other operators: a step of its own
     monkeypatch.setattr(latency, "CACHE", None)
     latency._TABLE.clear()
-    assert ppnet.plan(model, 1.0, metric="latency").dense > 0
+    assert ppnet.plan(model, 1.0, scores="magnitude", metric="latency").dense > 0
     monkeypatch.setattr(latency.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert latency._default_cache() is None
 

@@ -16,8 +16,8 @@ from ppnet.cost import METRICS, Cost, CostModel, cost_model
 from ppnet.errors import SizeError
 from ppnet.families import structure_of
 from ppnet.plan import Plan
-from ppnet.size import fill, plan, resize, size_curve
-from ppnet.wrap import engine_of, wrap
+from ppnet.size import fill, resize, size_curve
+from ppnet.wrap import engine_of, is_wrapped, wrap
 
 
 def randomised(model, seed=5):
@@ -32,6 +32,12 @@ def models(model_type):
     """A gated model and one that magnitude ranks; both of the same costs."""
     plain = tiny(model_type)
     return randomised(wrap(tiny(model_type))), plain
+
+
+def plan(model, size, **options):
+    """`ppnet.plan`; magnitude ranks the units of models without gates."""
+    ranking = {} if is_wrapped(model) else {"scores": "magnitude"}
+    return ppnet.plan(model, size, **{**ranking, **options})
 
 
 GATED, PLAIN = models("llama")
@@ -212,12 +218,12 @@ def test_scores_rank_units():
     assert len(best.kept["layers.1.neuron"]) == 44 > len(best.kept["layers.0.neuron"])
 
 
-def test_plans_of_an_unwrapped_model_rank_by_magnitude():
+def test_plans_of_an_unwrapped_model_rank_by_magnitude_on_request():
     model = tiny("llama")
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.up_proj.weight[5:].mul_(1e-3)
-    made = plan(model, 0.55)
+    made = ppnet.plan(model, 0.55, scores="magnitude")
     for name, units in made.kept.items():
         if name.endswith("neuron"):
             assert set(range(5)) <= set(units)

@@ -71,6 +71,8 @@ def bench(
 ) -> None:
     """The machine's roofline and where each operator stands on it; or, with a folder, a model's measured speed.
 
+    Without gates a model is cut down at random: how many units stay makes the speed, not which.
+
     Example:  ppnet bench --out today --compare yesterday
 
     Example:  ppnet bench puppet --sizes 0.5,0.25 --accelerate

@@ -22,7 +22,14 @@ Value = TypeVar("Value")
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON value to stdout and nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Write into an output that exists already.")]
 Metric = Annotated[str, typer.Option(help="What a size counts: params, flops, bytes or latency.")]
-ScoresFile = Annotated[Path | None, typer.Option("--scores", help="Rank units by scores that `ppnet score` wrote.")]
+Ranking = Annotated[
+    str | None,
+    typer.Option(
+        "--scores",
+        metavar="FILE|METHOD",
+        help="Rank units by a file that `ppnet score` wrote, or by a method without data: magnitude, random.",
+    ),
+]
 Allocation = Annotated[
     str, typer.Option(help="Of scores over layers: uniform, global, or cost (score per what a unit costs).")
 ]
@@ -173,6 +180,34 @@ def load_scores(path: Path | None) -> Any:
     from ppnet.scores import Scores
 
     return Scores.load(path)
+
+
+def check_ranking(model: Any, scores: str | None, also: str = "") -> None:
+    """Refuses a model whose units nothing ranks, in the words of the command line.
+
+    Args:
+        scores: what --scores says.
+        also: a way out that only the command has, to be named before the others.
+
+    Raises:
+        PPNetError: neither gates nor scores, or the name of a method that needs data.
+        UnsupportedModelError: no model that sizes can be asked of.
+    """
+    from ppnet.scores import SCORERS
+    from ppnet.wrap import is_wrapped, structure_for
+
+    structure_for(model)
+    if scores in SCORERS and SCORERS[scores].needs({}):
+        raise PPNetError(
+            f"scores: {scores!r} needs data to rank units by; run ppnet score FOLDER --data TEXT --method {scores} "
+            "--out FILE, then give --scores FILE."
+        )
+    if scores is None and not is_wrapped(model):
+        raise PPNetError(
+            f"scores: the model has no gates to rank its units; {also}give --scores FILE (ppnet score FOLDER --data "
+            "TEXT --out FILE writes it), or, without data, --scores magnitude, which can lose to units drawn at random "
+            "(--scores random)."
+        )
 
 
 def check_output(path: Path, force: bool) -> None:

@@ -15,9 +15,11 @@ from ppnet.cli.common import (
     Metric,
     MultipleOf,
     Of,
+    Ranking,
     Sizes,
     Tokenizer,
     check_output,
+    check_ranking,
     load_model,
     load_tokenizer,
     parse_multiple_of,
@@ -58,6 +60,7 @@ def evaluate(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
+    scores: Ranking = None,
     tokenizer: Tokenizer = None,
     window: Window = None,
     stride: Stride = None,
@@ -71,15 +74,22 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on held-out text, as it is or at some sizes.
 
+    Gates rank the units of a size, or scores if these are given; sizes of a model without gates need scores.
+
     Example:  ppnet eval puppet --data valid.txt --sizes 1,0.5,0.25 --separator '<|endoftext|>'
+    Example:  ppnet eval models/llama --data valid.txt --sizes 1,0.5,0.25 --scores scores.safetensors
     """
     from ppnet.evaluate import perplexity
 
+    if sizes is None and scores is not None:
+        raise PPNetError(f"scores: {scores} has a meaning only with --sizes; leave it out.")
     wanted: list[float | int | None] = list(parse_sizes(sizes)) if sizes is not None else [None]
     with quiet_stdout():
         words = load_tokenizer(tokenizer or folder)
         model = load_model(folder, device, dtype)
-        plans = [_plan(model, size, metric, of, multiple_of) for size in wanted]
+        if sizes is not None:
+            check_ranking(model, scores)
+        plans = [_plan(model, size, metric, of, multiple_of, scores) for size in wanted]
         rows = []
         for size, plan in zip(wanted, plans, strict=True):
             measured = perplexity(
@@ -147,13 +157,15 @@ def bench_model(
             measured = [("as it is", None, speed(model, **workload))]
         else:
             wanted = parse_sizes(sizes or BENCH_SIZES)
-            plans = [_plan(model, size, metric, of, multiple_of) for size in wanted]
+            # Without gates, units at random: how many there are makes the speed, not which.
+            scores = None if is_wrapped(model) else "random"
+            whole, *plans = [_plan(model, size, metric, of, multiple_of, scores) for size in (1.0, *wanted)]
 
-            def made(size_or_plan: Any) -> Any:
-                small = compact(model, size_or_plan).eval()
+            def made(plan: Any) -> Any:
+                small = compact(model, plan).eval()
                 return accelerate(small) if accelerated else small
 
-            dense = made(1.0)
+            dense = made(whole)
             measured = [
                 (f"{size:g}", size, speed(made(plan), baseline=dense, **workload))
                 for size, plan in zip(wanted, plans, strict=True)
@@ -259,12 +271,14 @@ def report(
     )
 
 
-def _plan(model: Any, size: float | None, metric: str, of: str, multiple_of: list[str] | None) -> Any:
+def _plan(
+    model: Any, size: float | None, metric: str, of: str, multiple_of: list[str] | None, scores: str | None
+) -> Any:
     if size is None:
         return None
     from ppnet.size import plan
 
-    return plan(model, size, metric=metric, of=of, multiple_of=parse_multiple_of(multiple_of))
+    return plan(model, size, metric=metric, of=of, multiple_of=parse_multiple_of(multiple_of), scores=scores)
 
 
 def _sized(model: Any, plan: Any) -> Any:

@@ -18,14 +18,14 @@ from ppnet.cli.common import (
     MultipleOf,
     Normalise,
     Of,
-    ScoresFile,
+    Ranking,
     Separator,
     Tokenizer,
     achieved,
     check_output,
+    check_ranking,
     cost_table,
     load_model,
-    load_scores,
     load_tokenizer,
     parse_floor,
     parse_multiple_of,
@@ -57,7 +57,7 @@ def resize(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
-    scores: ScoresFile = None,
+    scores: Ranking = None,
     allocation: Allocation = "uniform",
     normalise: Normalise = "none",
     floor: Floor = None,
@@ -67,9 +67,10 @@ def resize(
 ) -> None:
     """Decide which units stay at a size, and write it down as a plan.
 
-    Gates rank the units, or scores if a file of them is given; a model without either is ranked by magnitude.
+    Gates rank the units, or scores if these are given; a model without gates needs scores.
 
     Example:  ppnet resize puppet --size 0.5 --metric flops --out plan.json
+    Example:  ppnet resize models/llama --size 0.5 --scores scores.safetensors --out plan.json
     """
     from ppnet.size import plan as make_plan
 
@@ -77,9 +78,11 @@ def resize(
     if out is not None:
         check_output(out, force)
     with quiet_stdout():
+        model = load_model(folder, "cpu")
+        check_ranking(model, scores)
         plan = make_plan(
-            load_model(folder, "cpu"), wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
-            normalise=normalise, floor=least, scores=load_scores(scores),
+            model, wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation, normalise=normalise,
+            floor=least, scores=scores,
         )  # fmt: skip
     if out is not None:
         plan.save(out)
@@ -101,7 +104,7 @@ def compact(
     metric: Metric = "params",
     of: Of = "model",
     multiple_of: MultipleOf = None,
-    scores: ScoresFile = None,
+    scores: Ranking = None,
     allocation: Allocation = "uniform",
     normalise: Normalise = "none",
     floor: Floor = None,
@@ -123,6 +126,8 @@ def compact(
 ) -> None:
     """Write a smaller, ordinary Hugging Face model that holds only the units that stay.
 
+    Gates rank the units, or scores if these are given; without either, mama scores them on the text of --redistribute.
+
     Example:  ppnet compact puppet --size 0.5 --out small
     Example:  ppnet compact puppet --size 0.5 --redistribute text.txt --out small
     Example:  ppnet compact puppet --plan plan.json --out small
@@ -130,10 +135,11 @@ def compact(
     """
     from ppnet.checkpoint import save
     from ppnet.compact import compact as compact_model
+    from ppnet.families import is_decoder
     from ppnet.plan import Plan
     from ppnet.redistribute import RIDGE
-    from ppnet.size import plan as make_plan
     from ppnet.size import refuse_options
+    from ppnet.wrap import is_wrapped
 
     if ridge is not None and redistribute is None:
         raise PPNetError(f"ridge: {ridge} has a meaning only with --redistribute FILE; leave it out.")
@@ -151,16 +157,25 @@ def compact(
         }
         given = {name: value for name, value in ranking.items() if value is not None}
         refuse_options("--plan is given", metric=metric, of=of, **rounding, **given)
-    decided = Plan.load(plan) if plan is not None else None
-    wanted = parse_size(size) if size is not None else None
+        wanted: Any = Plan.load(plan)
+        choices: dict[str, Any] = {}
+    else:
+        assert size is not None
+        wanted = parse_size(size)
+        choices = {
+            "metric": metric, "of": of, "multiple_of": multiples, "allocation": allocation, "normalise": normalise,
+            "floor": parse_floor(floor), "scores": scores,
+        }  # fmt: skip
     with quiet_stdout():
         model = load_model(folder, "cpu")
-        if decided is None:
-            assert wanted is not None
-            decided = make_plan(
-                model, wanted, metric=metric, of=of, multiple_of=multiples, allocation=allocation,
-                normalise=normalise, floor=parse_floor(floor), scores=load_scores(scores),
-            )  # fmt: skip
+        if plan is None and (scores is not None or redistribute is None):
+            check_ranking(model, scores, "give --redistribute TEXT, which then ranks them, too, or ")
+        elif plan is None and not is_wrapped(model) and not is_decoder(model):
+            raise PPNetError(
+                "scores: the model is an encoder, which has no next-token loss to score its units with on the text of "
+                "--redistribute; give --scores FILE (ppnet score FOLDER --data TEXT --method activation --out FILE "
+                "writes it)."
+            )
         try:
             words = load_tokenizer(tokenizer or folder)
         except DataError:
@@ -169,10 +184,11 @@ def compact(
             words = None  # a model without a tokenizer stays one
         batches = None if redistribute is None else _calibration(model, redistribute, words, separator, column)
         small = compact_model(
-            model, decided, check=check, redistribute=batches, redistribution=redistribution,
-            ridge=RIDGE if ridge is None else ridge,
+            model, wanted, check=check, redistribute=batches, redistribution=redistribution,
+            ridge=RIDGE if ridge is None else ridge, **choices,
         )  # fmt: skip
         save(small, out, words)
+    decided = small.ppnet_plan
     files = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     if not files:
         raise PPNetError(f"out: {out} holds no weights after saving.")
@@ -183,7 +199,8 @@ def compact(
         "file_bytes": files,
         "tokenizer": words is not None,
         **achieved(decided),
-        "redistribution": small.ppnet_plan.extra.get("redistribution"),
+        "scores": decided.extra.get("scores"),
+        "redistribution": decided.extra.get("redistribution"),
     }
     show(
         result,

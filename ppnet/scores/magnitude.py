@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppnet.checks import number
 from ppnet.scores.registry import choose, scorer
 from ppnet.scores.statistics import SiteStatistics, SiteWeights
-from ppnet.units import Structure
 
 
 @scorer("magnitude")
@@ -35,12 +34,6 @@ def magnitude(statistics: SiteStatistics, *, form: str = "norms", kappa: float =
     if folded:
         return _paths(weights, kappa)
     return _norm(weights.rows("v")) * _norm(weights.output())
-
-
-def magnitudes(model: nn.Module, structure: Structure) -> list[Tensor]:
-    """The scores of `magnitude` of every site, in order: float64 (U,), on the CPU."""
-    sites = [SiteStatistics(site, SiteWeights(model, site, lambda site: None)) for site in structure.sites]
-    return [magnitude(site).double().cpu() for site in sites]
 
 
 def _norm(rows: Tensor) -> Tensor:

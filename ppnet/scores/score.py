@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppnet.calibration import MAX_TOKENS, calibration_batches
 from ppnet.checks import integer, number, renamed
@@ -162,6 +162,17 @@ def score_methods(
             )
     _check_finite(made)
     return made
+
+
+def without_data(model: nn.Module, structure: Structure, method: str) -> list[Tensor]:
+    """Scores of a method that needs no data, as `score` gives them but not checked to be finite.
+
+    Returns:
+        Of every site of the structure, in order: float64 (U,), on the CPU.
+    """
+    collector = Collector(model, structure, frozenset())
+    with without_probes(model), as_dense(model), torch.no_grad():
+        return [value.detach().double().cpu() for value in get_scorer(method)(collector.sites, {})]
 
 
 def _labelled(methods: Any) -> dict[str, tuple[str, Mapping[str, Any]]]:
