@@ -218,6 +218,11 @@ def _sequences(rows: Iterable[Any], longest: int | None, decoder: bool) -> Itera
                         "must be the same."
                     )
         _check_positions(fields.get("position_ids"), sequence)
+        if fields.get("token_type_ids") is not None and _integers("token_type_ids", fields["token_type_ids"]).any():
+            raise DataError(
+                "data: token_type_ids are not used, and these are not all 0; give the sentences of a pair as sequences "
+                "of their own, or joined and without token_type_ids."
+            )
         for name in PER_SEQUENCE:
             if fields.get(name) is not None:
                 values = _numbers(name, fields[name])

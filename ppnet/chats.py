@@ -41,7 +41,9 @@ def chat_lines(paths: Any, column: str) -> list[Any] | None:
                 try:
                     lines.append(json.loads(line))
                 except ValueError as error:
-                    raise DataError(f"data: {file}, line {number} is not JSON ({error}).") from error
+                    raise DataError(
+                        f"data: {file}, line {number} is not JSON ({error}); give one object per line."
+                    ) from error
                 if len(lines) == 1 and chat_column(lines[0], column) is None:
                     return None
     return lines or None

@@ -146,6 +146,11 @@ def fit(model: nn.Module, config: PuppetConfig, scores: Any) -> tuple[Structure,
             "scores: None, but importance='scores' takes the importance of the units from them; give "
             "ppnet.wrap(model, config, scores=ppnet.score(model, data, tokenizer=...)), or the name of a file of them."
         )
+    if config.normalise_scores != PuppetConfig().normalise_scores:
+        raise PPNetError(
+            f"normalise_scores: {config.normalise_scores!r} says how scores are made comparable, and there are none; "
+            "give ppnet.wrap(model, config, scores=...), or leave it out."
+        )
     return structure, config, None
 
 

@@ -128,7 +128,6 @@ def test_the_check_of_a_wrapped_model_does_not_trust_the_slicing(monkeypatch):
     broken = replace(site, producers=(site.producers[0], wrong))
     sites = (structure.sites[0], broken, *structure.sites[2:])
     monkeypatch.setattr(model.puppet, "structure", replace(structure, sites=sites))
-    engine_of(model).sites = sites
     with pytest.raises(EquivalenceError, match="logits differ"):
         ppnet.compact(model, 0.5)
 

@@ -141,6 +141,13 @@ def test_the_best_is_bold_and_what_is_within_noise_is_marked():
     assert column(rows, True, removed=0.25) == {}
 
 
+def test_only_seeds_that_all_methods_have_are_compared():
+    from scores_table import column
+
+    rows = rows_of({"one": [1.0, 1.2, 9.0], "other": [1.5, 1.6]})
+    assert column(rows, True, removed=0.5) == {"one": "**1.100**", "other": "1.550"}
+
+
 def test_losers_to_random_are_named():
     from scores_table import losers
 
@@ -156,7 +163,7 @@ def test_losers_to_random_are_named():
 class Tiny:
     """A subject of one tiny model; its metric is the distance of its logits from the dense model's."""
 
-    metric, lower_is_better, language_model, loss, without = "distance", True, True, None, ("kl",)
+    metric, lower_is_better, language_model, loss, without, score_batch = "distance", True, True, None, ("kl",), 8
     gate_steps, heal_rate, heal_batch = 2, 1e-3, 4
 
     def __init__(self):
@@ -178,6 +185,8 @@ class Tiny:
 
     def heal(self, small, seed):
         self.healed += 1
+        with torch.no_grad():
+            small.lm_head.weight.zero_()
         return small
 
 
@@ -201,9 +210,13 @@ def test_the_study_of_scores_goes_on_where_it_was(tmp_path, monkeypatch):
     assert path.read_text() == before
     scores.Study(subject, rows).run(1, ["gated"])
     assert path.read_text().startswith(before) and subject.healed == len(methods) * len(shares) * 2
+    nothing = float(subject.model(subject.ids).logits.norm())
+    healed = Rows(path, subject.recipe).select(healed=True)
+    assert len(healed) == subject.healed and all(row["value"] == pytest.approx(nothing) for row in healed)
+    assert all(row["value"] != pytest.approx(nothing) for row in rows.select(healed=False))
     recipe, found = read(path)
     text = table(recipe, found)
-    assert "| heads and neurons | 25% cut | 25% +R | 25% +H | 25% +RH | 75% cut |" in text and "| obs |" in text
+    assert "| heads and neurons (1 seed) | 25% cut | 25% +R | 25% +H | 25% +RH | 75% cut |" in text and "| obs |" in text
     assert "| wanda |" in text and all(isinstance(line, str) for line in losers(recipe, found))
     plot(recipe, found, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").stat().st_size > 10_000
@@ -215,6 +228,7 @@ def test_gates_and_neurons_of_the_study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scores, "NEURON_METHODS", ("random", "mama"))
     monkeypatch.setattr(scores, "PEERS", {})
+    monkeypatch.setattr(scores.peers, "optipfair_depth", lambda model, data, layers: model)
     monkeypatch.setattr(scores, "REMOVED", (0.5,))
     subject = Tiny()
     rows = Rows(tmp_path / "scores-tiny.jsonl", subject.recipe)
@@ -226,3 +240,23 @@ def test_gates_and_neurons_of_the_study(tmp_path, monkeypatch):
     mlps = sum(p.numel() for name, p in subject.model.named_parameters() if ".mlp." in name)
     assert cut["params"] == pytest.approx(subject.model.num_parameters() - mlps / 2, rel=0.01)
     assert not hasattr(subject.model, "puppet")
+
+
+def test_other_libraries_remove_as_many_neurons():
+    import peers
+
+    pytest.importorskip("torch_pruning")
+    pytest.importorskip("optipfair")
+    subject = Tiny()
+    data, neurons = subject.calibration(0), subject.model.config.intermediate_size
+    layers = len(subject.model.model.layers)
+    for peer, options in (
+        (peers.torch_pruning_mlp, ("magnitude", "taylor")),
+        (peers.optipfair_mlp, ("MAW", "MAW data")),
+    ):
+        for option in options:
+            small = peer(subject.model, data, 0.25, option).eval()
+            assert {layer.mlp.down_proj.in_features for layer in small.model.layers} == {round(0.75 * neurons)}
+            assert subject.measure(small) > 0 and all(p.grad is None for p in small.parameters())
+    assert len(peers.optipfair_depth(subject.model, data, 1).model.layers) == layers - 1
+    assert len(subject.model.model.layers) == layers and subject.measure(subject.model) == 0

@@ -8,6 +8,7 @@ from helpers import DECODERS, MODEL_TYPES, GatedReference, tiny, token_ids
 from scoring import DATA_METHODS, IDS, METHODS, REWARDED, autograd_gates, likelihoods, options_of, permute
 
 import ppnet
+from ppnet.errors import PPNetError
 from ppnet.families import structure_of
 from ppnet.scores import score, score_methods
 from ppnet.scores.collect import Collector, as_dense
@@ -354,6 +355,36 @@ def test_obs_with_drawn_labels_needs_no_labels_of_its_own():
         inverse = torch.linalg.inv(gram + 0.1 * gram.diagonal().diag())
         left = torch.stack([torch.linalg.inv(inverse[own][:, own]) for own in index])
         torch.testing.assert_close(made[site.name], 0.5 * (exact * left).sum((1, 2)), rtol=0.12, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-2, 1.0])
+def test_obs_of_features_whose_means_are_far_above_their_spread(spread):
+    """Where the output has a bias, means do not count; in float32 they must not cancel what does."""
+    exact = double("gpt2")
+    structure, ids = structure_of(exact), token_ids(batch=32, length=16)
+    neurons = next(site for site in structure.sites if site.kind == "neuron")
+    (up,) = (leaf_module(exact, leaf) for leaf in neurons.producers)
+    with torch.no_grad():
+        up.weight[:, :8] *= spread
+        up.bias[:8] = torch.linspace(1, 5, 8)
+    low = tiny("gpt2")
+    low.load_state_dict({name: value.float() for name, value in exact.state_dict().items()})
+    for options in ({"weighting": "output"}, {"loss": lambda output, batch: -_sequence(output, batch)}):
+        expected = score(exact, ids, "obs", max_tokens=None, **options)
+        found = score(low, ids, "obs", max_tokens=None, **options)
+        for site in structure.sites:
+            torch.testing.assert_close(
+                found[site.name], expected[site.name], rtol=1e-3, atol=1e-6 * float(expected[site.name].mean())
+            )
+    if spread == 0:
+        assert found[neurons.name][:8].max() < 1e-6 * found[neurons.name][8:].min()
+
+
+def test_obs_of_features_that_say_each_other_down_to_rounding():
+    model = tiny("llama", intermediate_size=256)
+    with pytest.raises(PPNetError, match=r"^ridge: 1e-09 is too small for the features of layers\.\d\.neuron"):
+        score(model, token_ids(batch=4, length=16), "obs", ridge=1e-9)
+    assert score(model, token_ids(batch=4, length=16), "obs")
 
 
 def test_every_scorer_is_tested_here():

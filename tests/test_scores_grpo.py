@@ -169,3 +169,16 @@ def test_it_says_what_is_missing(tmp_path):
     trainer = trained(tmp_path, steps=1, reward_threshold=9.0)
     with pytest.raises(TrainingError, match=r"no verified group of completions .* reward_threshold=9\.0"):
         trainer.reward_scores()
+
+
+def test_open_groups_are_forgotten_when_a_run_is_resumed():
+    from ppnet.scores.rewards import RewardGradients, ratings
+
+    site = RewardGradients(1, torch.device("cpu"))
+    rated = ratings(torch.tensor([0.0, 1.0]), torch.tensor([7, 7]), None)
+    site.add(torch.tensor([[100.0]]), rated.rows(slice(0, 1)))
+    site.forget_open()
+    site.add(torch.tensor([[1.0], [3.0]]), rated)
+    alone = RewardGradients(1, torch.device("cpu"))
+    alone.add(torch.tensor([[1.0], [3.0]]), rated)
+    assert torch.equal(site.absolute, alone.absolute) and torch.equal(site.signed, alone.signed) and site.groups == 1

@@ -23,6 +23,7 @@ import ppnet
 from ppnet.cost import cost_model
 from ppnet.families import structure_of
 from ppnet.scores import score_methods
+from ppnet.scores.mama import WEIGHTS
 from ppnet.train import PuppetTrainer
 
 REMOVED = (0.25, 0.5, 0.75)
@@ -83,7 +84,8 @@ class Study:
         def of(name):
             if not made:
                 made.update(score_methods(
-                    self.subject.model, data, names, seed=seed, loss=self.subject.loss, max_tokens=None, progress=False
+                    self.subject.model, data, names, seed=seed, loss=self.subject.loss, max_tokens=None,
+                    batch_size=self.subject.score_batch, progress=False,
                 ))  # fmt: skip
             return made[name]
 
@@ -132,6 +134,15 @@ class Study:
                     model, attention + (1 - removed) * (1 - attention), of="gated", scores=scores(name),
                     floor={"kv_group": 1.0, "neuron": 0.0},
                 ))  # fmt: skip
+            layers = round(removed * self.structure.layers)
+            self.healed(
+                {
+                    **key,
+                    "method": f"optipfair depth, {layers} of {self.structure.layers} layers",
+                    "redistributed": False,
+                },
+                lambda layers=layers: peers.optipfair_depth(model, data, layers).eval(),
+            )
             for name, (peer, option) in PEERS.items():
                 self.healed(
                     {**key, "method": name, "redistributed": False},
@@ -184,7 +195,8 @@ SECTIONS = ("gated", "gates", "masks", "neurons")
 def main(options):
     for name in options.subjects:
         subject = SUBJECTS[name](options.models)
-        rows = Rows(options.out / f"scores-{name}.jsonl", {"study": "scores", "subject": name, **subject.recipe})
+        recipe = {"study": "scores", "subject": name, "mama": WEIGHTS, **subject.recipe}
+        rows = Rows(options.out / f"scores-{name}.jsonl", recipe)
         Study(subject, rows, healing=not options.without_healing).run(options.seeds, options.sections)
 
 

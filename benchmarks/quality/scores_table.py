@@ -51,13 +51,16 @@ def column(rows: Rows, lower: bool, **key: Any) -> dict[str, str]:
     """One column of a table: method -> cell; the best in bold, what is within noise of it with a star."""
     methods = list(dict.fromkeys(row["method"] for row in rows if key.items() <= row.items()))
     found = {method: by_seed(rows, method=method, **key) for method in methods}
+    # A study that still runs has more seeds of some methods than of others.
+    common = set.intersection(*(set(values) for values in found.values())) if found else set()
+    found = {method: {seed: values[seed] for seed in common} for method, values in found.items() if common}
     sign = 1 if lower else -1
     means = {method: statistics.mean(values.values()) for method, values in found.items()}
     if not means:
         return {}
     first = min(means, key=lambda method: sign * means[method])
     cells = {}
-    for method in methods:
+    for method in found:
         away, error = noise(found[method], found[first])
         mark = "**" if method == first else ""
         cells[method] = f"{mark}{means[method]:.3f}{mark}{'*' if method != first and abs(away) <= error else ''}"
@@ -68,12 +71,11 @@ def table(recipe: dict[str, Any], rows: Rows) -> str:
     """Markdown."""
     metric, lower = recipe["metric"], recipe["lower_is_better"]
     dense = next(row for row in rows if row["section"] == "dense")
-    seeds = len({row["seed"] for row in rows if "seed" in row})
     lines = [
         f"## {recipe['subject']}",
         "",
         f"{metric}, {'lower' if lower else 'higher'} is better; dense {dense['value']:.4f}, {dense['params']:,} "
-        f"parameters; means over {seeds} seeds of calibration data. R: least-squares redistribution, H: short healing. "
+        "parameters; means over seeds of calibration data. R: least-squares redistribution, H: short healing. "
         "**Best** of a column and section; a star: its mean difference to the best is within two standard errors.",
     ]
     for section, title in TITLES.items():
@@ -83,9 +85,14 @@ def table(recipe: dict[str, Any], rows: Rows) -> str:
         removed = sorted({row["removed"] for row in own})
         forms = [(name, form) for name, form in FORMS if any(form.items() <= row.items() for row in own)]
         forms = forms or [("cut", {})]
+        seeds = len({row["seed"] for row in own})
         heads = [f"{share:.0%} {name}" for share in removed for name, _ in forms]
         columns = [column(own, lower, removed=share, **form) for share in removed for _, form in forms]
-        lines += ["", f"| {title} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+        lines += [
+            "",
+            f"| {title} ({seeds} seed{'s' * (seeds > 1)}) | {' | '.join(heads)} |",
+            f"|---|{'---:|' * len(heads)}",
+        ]
         for method in dict.fromkeys(row["method"] for row in own):
             lines.append(f"| {method} | {' | '.join(cells.get(method, '') for cells in columns)} |")
     return "\n".join(lines) + "\n"

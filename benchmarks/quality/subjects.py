@@ -91,7 +91,7 @@ class Stories:
         gate_steps: optimizer steps of gate training, of as many tokens each as healing has.
     """
 
-    metric, lower_is_better, language_model, loss, without = "NLL", True, True, None, ()
+    metric, lower_is_better, language_model, loss, without, score_batch = "NLL", True, True, None, (), 8
 
     def __init__(self, folder, *, calibration_blocks=96, length=256, held_out=60, heal_steps=60, heal_batch=8,
                  heal_length=256, heal_rate=1e-3, heal_bf16=False, gate_steps=120):  # fmt: skip
@@ -114,7 +114,7 @@ class Stories:
 
     def calibration(self, seed):
         blocks = self.blocks(seed, self.calibration_blocks, self.length)
-        return [{"input_ids": ids, "labels": ids} for ids in blocks.split(16)]
+        return [{"input_ids": ids, "labels": ids} for ids in blocks.split(self.score_batch)]
 
     def measure(self, model):
         text = stories("valid.txt")[: self.held_out]
@@ -143,11 +143,11 @@ class MiniLM:
     apply: the model has no head that predicts any; scores that need a loss get `sentences.sentence_loss`.
 
     Args:
-        sentences: of calibration data.
+        calibration_sentences: sentences of calibration data; `sentence_loss` sees `score_batch` of them at a time.
         heal_steps, heal_batch, heal_rate: of healing.
     """
 
-    metric, lower_is_better, language_model, without = "Spearman", False, False, ("kl",)
+    metric, lower_is_better, language_model, without, score_batch = "Spearman", False, False, ("kl",), 64
     loss = staticmethod(sentences.sentence_loss)
 
     def __init__(self, *, calibration_sentences=1024, heal_steps=15, heal_batch=32, heal_rate=3e-4):
@@ -160,7 +160,7 @@ class MiniLM:
     def calibration(self, seed):
         return ppnet.calibration_batches(
             self.model, sentences.calibration_sentences(seed, self.calibration_sentences), self.tokenizer,
-            batch_size=64, max_tokens=None,
+            batch_size=self.score_batch, max_tokens=None,
         )  # fmt: skip
 
     def measure(self, model):

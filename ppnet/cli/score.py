@@ -32,7 +32,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Write the scores to this safetensors file.")],
     data: Annotated[list[Path] | None, typer.Option(help="Text or .jsonl file; may be given more than once.")] = None,
     method: Annotated[
-        str, typer.Option(help="activation, bias, kl, magnitude, mama, movement, random, reward, taylor.")
+        str, typer.Option(help="activation, bias, kl, magnitude, mama, movement, obs, random, reward, taylor.")
     ] = "mama",
     options: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method, name=value as JSON, e.g. sign=token.")

@@ -97,6 +97,8 @@ class Collector:
         self, model: nn.Module, structure: Structure, needs: Needs, *, seed: int = 0, loss: Loss | None = None
     ) -> None:
         self.model, self.structure, self.needs, self.loss = model, structure, needs, loss
+        if loss is not None and not callable(loss):
+            raise PPNetError(f"loss: {loss!r} must be a function (the model's output, batch) -> (B,), or None.")
         self._decoder, self._predicts = is_decoder(model), predicts_tokens(model)
         if not self._decoder:
             self._check_encoder()

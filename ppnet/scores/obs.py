@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppnet.checks import number
+from ppnet.errors import PPNetError
 from ppnet.scores.registry import CURVATURE, GRAM, Needs, choose, scorer
 from ppnet.scores.statistics import SiteStatistics
 
@@ -29,12 +30,17 @@ def obs(statistics: SiteStatistics, *, weighting: str = "loss", ridge: float = R
     the mean, as the bias takes over the rest. Following Hassibi & Stork (1993), at the level of units as Kurtic et al.
     (ZipLM, 2023); the weighting by the loss is the Kronecker-factored one of K-FAC.
 
+    Costs F^3 operations per site of F features, and three times (F, F) in float64 while they run.
+
     Args:
         weighting: ``"loss"``: B_u = E[da_u da_u^T] of the gradients da = W_out^T dy, with labels drawn from the model's
             own predictions (a given loss: of that loss): then the score is the KL divergence from the dense model, to
             second order, in nats per predicted token. ``"output"``: B_u = W_out,u^T W_out,u: half the squared error of
             the sub-layer's output per token; needs no gradients.
         ridge: share of a feature's own second moment that no other feature can say; at least 1e-9.
+
+    Raises:
+        PPNetError: a ridge that is too small for features that depend on each other.
     """
     choose("weighting", weighting, ("loss", "output"))
     number("ridge", ridge, 1e-9)
@@ -42,9 +48,17 @@ def obs(statistics: SiteStatistics, *, weighting: str = "loss", ridge: float = R
     index = statistics.site.consumer.index.to(gram.device)
     own = gram.diagonal()
     # By feature, so that a unit's scale does not matter; features that are never there get a floor to be divided by.
-    floor = torch.finfo(torch.float32).eps * own.mean() + torch.finfo(torch.float32).tiny
-    damped = gram + torch.diag(ridge * own.clamp_min(floor))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    floor = torch.finfo(torch.float32).eps ** 2 * own.mean() + torch.finfo(torch.float32).tiny
+    own.clamp_(min=floor).mul_(1 + ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise PPNetError(
+            f"ridge: {ridge:g} is too small for the features of {statistics.site.name}, which depend on each other up "
+            "to rounding; give a larger one (0.01 is the default), or more data."
+        )
+    del gram, own
+    inverse = torch.cholesky_inverse(factor)
+    del factor
     left = torch.linalg.inv(inverse[index[:, :, None], index[:, None, :]])
     if weighting == "output":
         columns = statistics.weights.output().to(left)

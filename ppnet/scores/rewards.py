@@ -79,6 +79,10 @@ class RewardGradients:
         self.groups = 0
         self._open: dict[int, tuple[int, Tensor]] = {}
 
+    def forget_open(self) -> None:
+        """Leaves out the groups of which only a part has come."""
+        self._open.clear()
+
     def add(self, gradients: Tensor, rated: Ratings) -> None:
         """gradients: s_{u,i} of the batch's completions, (B, U). A group counts once all of its completions came."""
         gradients = gradients.to(self.signed)

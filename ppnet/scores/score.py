@@ -48,17 +48,18 @@ def score(
     Memory: a forward pass with activations kept for backward, plus what enters each output projection once more;
     without gradients (``activation``, ``bias``) only the forward pass; ``magnitude`` and ``random`` run no data.
     ``obs``, and so ``mama`` unless ``weights={"obs": 0}``, also hold (F, F) numbers for the F features of every output
-    projection: 0.5 GB a layer for 11,008 neurons.
+    projection: 0.5 GB a layer for 11,008 neurons, and 3 GB more while one site is scored.
 
     Args:
         model: a dense `PreTrainedModel` of a supported family.
-        data: text, a file's name, token ids, a dataset or batches (`ppnet.calibration.calibration_batches`); None for
-            methods that need none.
+        data: text, a file's name, chats, token ids, a dataset or batches (`ppnet.calibration.calibration_batches`);
+            None for methods that need none.
         method: ``activation``, ``bias``, ``kl``, ``magnitude``, ``mama``, ``movement``, ``obs``, ``random``,
             ``reward`` or ``taylor``.
         tokenizer, length, batch_size, max_tokens, column, separator, bos: how data is read, as there.
-        seed: which part of a long text is used, and what ``random`` and ``kl`` draw.
+        seed: which part of a long text is used, and what is drawn by ``random``, ``kl`` and ``obs`` (so by ``mama``).
         loss: (the model's output, batch) -> losses (B,), one per sequence; None: NLL of the labels, summed over tokens.
+            Ready batches, too, are cut into batches of `batch_size` anew, which a loss across sequences depends on.
             Encoders (bert) have no such default: methods that need gradients need a loss. Their batches hold
             ``input_ids``, ``attention_mask`` where padded, and ``labels`` if the data does.
         threshold: a group of completions counts for ``reward`` if its best reward reaches this.

@@ -125,29 +125,38 @@ class Activations:
 class Gram:
     """Products of the features that enter the consumer with each other, over tokens that are not padding.
 
-    Held: (F, F) numbers of the model's precision, at least float32, on the consumer's device.
+    They are summed around the mean of the first batch, so that features of a mean far above their spread do not cancel
+    when moments around the mean are asked for. Held: (F, F) numbers of the model's precision, at least float32, on the
+    consumer's device.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
+        self._origin: Any = None
         self._sum: Any = 0.0
         self._products: Any = 0.0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         """x: (B, T, F); mask: (B, T), True where a token counts."""
         rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+        if self._origin is None and len(rows):
+            self._origin = rows.to(wide(rows.dtype)).mean(0)
         self.tokens += len(rows)
         for part in rows.split(4096):
-            part = part.to(wide(part.dtype))
+            part = part.to(wide(part.dtype)) - self._origin
             self._sum = self._sum + part.sum(0)
             with torch.autocast(part.device.type, enabled=False):  # the caller's would round the products
                 self._products = self._products + part.T @ part
 
     def mean(self, centred: bool = False) -> Tensor:
-        """E[a a^T], or around the mean: (F, F) float64 (float32 where the device has nothing wider)."""
+        """E[a a^T], or around the mean: a new (F, F) in float64 (float32 where the device has nothing wider)."""
         dtype = torch.float32 if self._products.device.type == "mps" else torch.float64
-        products, mean = self._products.to(dtype) / self.tokens, self._sum.to(dtype) / self.tokens
-        return products - torch.outer(mean, mean) if centred else products
+        moment, apart = self._products.to(dtype) / self.tokens, self._sum.to(dtype) / self.tokens
+        moment.addr_(apart, apart, alpha=-1)
+        if not centred:
+            mean = self._origin.to(dtype) + apart
+            moment.addr_(mean, mean)
+        return moment
 
 
 class GateGradients:

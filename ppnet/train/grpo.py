@@ -147,6 +147,7 @@ class RewardMovementMixin:
             for name in SUMS:
                 getattr(site, name).copy_(split[name][number] if first else torch.zeros_like(split[name][number]))
             site.groups = int(facts["groups"]) if first else 0
+            site.forget_open()
         self._tokens = int(facts["tokens"]) if first else 0
         self._generations, self._groups_given = int(facts["generations"]), int(facts["given"])
 
