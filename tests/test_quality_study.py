@@ -216,7 +216,9 @@ def test_the_study_of_scores_goes_on_where_it_was(tmp_path, monkeypatch):
     assert all(row["value"] != pytest.approx(nothing) for row in rows.select(healed=False))
     recipe, found = read(path)
     text = table(recipe, found)
-    assert "| heads and neurons (1 seed) | 25% cut | 25% +R | 25% +H | 25% +RH | 75% cut |" in text and "| obs |" in text
+    assert (
+        "| heads and neurons (1 seed) | 25% cut | 25% +R | 25% +H | 25% +RH | 75% cut |" in text and "| obs |" in text
+    )
     assert "| wanda |" in text and all(isinstance(line, str) for line in losers(recipe, found))
     plot(recipe, found, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").stat().st_size > 10_000
@@ -232,10 +234,11 @@ def test_gates_and_neurons_of_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "REMOVED", (0.5,))
     subject = Tiny()
     rows = Rows(tmp_path / "scores-tiny.jsonl", subject.recipe)
-    scores.Study(subject, rows).run(1, ["gates", "neurons"])
+    scores.Study(subject, rows).run(1, ["gates", "neurons", "mama"])
     gated = rows.select(section="gates")
     assert {row["method"] for row in gated} == {"gates on mama", "gates on scale_free"} and len(gated) == 8
     assert all(torch.isfinite(torch.tensor(row["value"])) for row in gated)
+    assert len(rows.select(section="mama")) == 2 * (len(scores.MAMA) - 1)  # this subject has no kl
     (cut,) = rows.select(section="neurons", method="mama", redistributed=False, healed=False)
     mlps = sum(p.numel() for name, p in subject.model.named_parameters() if ".mlp." in name)
     assert cut["params"] == pytest.approx(subject.model.num_parameters() - mlps / 2, rel=0.01)

@@ -1,10 +1,11 @@
 """The table of scores: every way to choose units x redistribution x healing, on trained models, by calibration seed.
 
-Rows are of four sections. "gated": the shares 25, 50 and 75 % of the gated parameters (heads and neurons alike) are
-removed, by every scorer. "masks": as many single weights become zero (Wanda, SparseGPT); nothing gets smaller.
-"neurons": the shares of the MLPs' parameters alone, which is what other libraries can remove. "gates": a short gate
-training, with a score as the importance inside the gates and with the default importance, then cut to the sizes.
-Healing has the same tokens for everybody; "gates" rows have seen their gate training besides.
+Rows are of five sections. "gated": the shares 25, 50 and 75 % of the gated parameters (heads and neurons alike) are
+removed, by every scorer. "mama": weights of its indicators, which its defaults were chosen from. "masks": as many
+single weights become zero (Wanda, SparseGPT); nothing gets smaller. "neurons": the shares of the MLPs' parameters
+alone, which is what other libraries can remove. "gates": a short gate training, with a score as the importance inside
+the gates and with the default importance, then cut to the sizes. Healing has the same tokens for everybody; "gates"
+rows have seen their gate training besides.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ PEERS = {
     "optipfair VOW": (peers.optipfair_mlp, "VOW"),
     "optipfair PON": (peers.optipfair_mlp, "PON"),
     "optipfair MAW data": (peers.optipfair_mlp, "MAW data"),
+}
+# What the defaults of mama were chosen from: weights of its indicators, the others 0.
+MAMA = {
+    "activation": {"activation": 1.0},
+    "obs": {"obs": 1.0},
+    "activation + obs": {"activation": 1.0, "obs": 1.0},
+    "activation + obs + .1 magnitude + .1 bias + .1 sft": {**WEIGHTS, "reward": 0.0},
+    "activation + obs + .25 sft": {"activation": 1.0, "obs": 1.0, "sft": 0.25},
+    "obs + sft": {"obs": 1.0, "sft": 1.0},
+    ".1 magnitude + .1 bias + sft + .5 kl": {"magnitude": 0.1, "bias": 0.1, "sft": 1.0, "kl": 0.5},
 }
 # Those of METHODS that are compared with other libraries, on neurons alone.
 NEURON_METHODS = ("random", "magnitude", "activation", "taylor", "mama")
@@ -106,9 +117,27 @@ class Study:
         for name in names:
             for removed in REMOVED:
                 key = {"section": "gated", "method": name, "removed": removed, "seed": seed}
-                self.cut(key, data, lambda name=name, removed=removed: ppnet.plan(
-                    self.subject.model, 1 - removed, of="gated", scores=scores(name)
-                ))  # fmt: skip
+                self.cut(key, data, lambda name=name, removed=removed: self.plan(scores(name), removed))
+
+    def mama(self, seed, data):
+        """Weights of mama's indicators, without healing."""
+        none = dict.fromkeys(WEIGHTS, 0.0)
+        variants = {name: w for name, w in MAMA.items() if not any(w.get(gone) for gone in self.subject.without)}
+        scores = self.scores(seed, data, {name: ("mama", {"weights": none | w}) for name, w in variants.items()})
+        for name in variants:
+            for removed in REMOVED:
+                for redistributed in (False, True):
+                    key = {"section": "mama", "method": name, "removed": removed, "seed": seed}
+                    self.row(
+                        {**key, "redistributed": redistributed, "healed": False},
+                        lambda name=name, removed=removed, on=redistributed: ppnet.compact(
+                            self.subject.model, self.plan(scores(name), removed), check=False,
+                            redistribute=data if on else None,
+                        ),
+                    )  # fmt: skip
+
+    def plan(self, scores, removed):
+        return ppnet.plan(self.subject.model, 1 - removed, of="gated", scores=scores)
 
     def masks(self, seed, data):
         for name in masks.MASKS:
@@ -189,7 +218,7 @@ class Study:
         return model.eval()
 
 
-SECTIONS = ("gated", "gates", "masks", "neurons")
+SECTIONS = ("gated", "mama", "gates", "masks", "neurons")
 
 
 def main(options):

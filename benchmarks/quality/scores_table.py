@@ -19,6 +19,7 @@ FORMS = (
 )
 TITLES = {
     "gated": "heads and neurons",
+    "mama": "weights of mama's indicators",
     "gates": "gates, then cut",
     "masks": "single weights at zero, nothing smaller",
     "neurons": "MLP neurons alone",

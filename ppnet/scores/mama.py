@@ -25,7 +25,7 @@ from ppnet.scores.reward import reward
 from ppnet.scores.statistics import SiteStatistics
 from ppnet.scores.taylor import taylor
 
-# Chosen on language models of 0.26 and 5 M parameters (benchmarks/quality): gradient scores dilute the two that lead.
+# Chosen on language models of 0.26 and 5 M parameters (section "mama" of benchmarks/quality scores).
 WEIGHTS = {"activation": 1.0, "obs": 1.0, "magnitude": 0.1, "bias": 0.1, "sft": 0.1, "reward": 1.0, "kl": 0.0}
 _NEEDS = {
     "activation": frozenset({ACTIVATIONS}),
