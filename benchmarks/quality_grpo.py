@@ -45,7 +45,7 @@ from ppnet.evaluate.speed import setting
 from ppnet.train import MovementCallback, RewardMovementMixin, default_arguments, kl_reference
 
 PROMPTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "rl"
-METHODS = ("random", "magnitude", "activation", "taylor", "mama")
+METHODS = ("random", "magnitude", "activation", "taylor", "obs", "mama")
 RESULT = "quality_grpo.json"
 
 
@@ -280,8 +280,7 @@ class Run:
                 if how == "KL":
                     ppnet.heal(
                         small, dense, data, steps=recipe.heal_steps, learning_rate=recipe.heal_rate, batch_size=64,
-                        weight=1.0,
-                        arguments={"seed": seed, "disable_tqdm": True, "logging_steps": recipe.heal_steps},
+                        weight=1.0, seed=seed, progress=False,
                     )  # fmt: skip
                 else:
                     from trl import GRPOTrainer
