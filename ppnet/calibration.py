@@ -209,8 +209,11 @@ def _sequences(rows: Iterable[Any], longest: int | None, decoder: bool) -> Itera
         if ids.ndim not in (1, 2):
             raise DataError(f"data: input_ids have shape {tuple(ids.shape)}; they must be (T,) or (B, T).")
         sequence = {"input_ids": ids}
+        classes = None if decoder else _classes(fields.get("labels"), ids)
+        if classes is not None:
+            sequence["labels"] = classes
         for name in ("labels", "attention_mask"):
-            if fields.get(name) is not None:
+            if fields.get(name) is not None and name not in sequence:
                 sequence[name] = _integers(name, fields[name])
                 if sequence[name].shape != ids.shape:
                     raise DataError(
@@ -232,6 +235,15 @@ def _sequences(rows: Iterable[Any], longest: int | None, decoder: bool) -> Itera
         singles = [sequence] if ids.ndim == 1 else [{k: v[i] for k, v in sequence.items()} for i in range(len(ids))]
         for single in singles:
             yield from _whole(single, longest, decoder)
+
+
+def _classes(labels: Any, ids: Tensor) -> Tensor | None:
+    """Labels of whole sequences, one class or number each, as classifiers take them; None if they are not that."""
+    try:
+        tensor = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return tensor if tensor.shape == ids.shape[:-1] else None
 
 
 def _integers(name: str, values: Any) -> Tensor:
@@ -279,7 +291,10 @@ def _whole(sequence: Batch, longest: int | None, decoder: bool) -> Iterator[Batc
     nothing where a decoder predicts nothing."""
     ids = sequence["input_ids"]
     mask = sequence.get("attention_mask")
+    extra = {name: sequence[name] for name in PER_SEQUENCE if name in sequence}
     labels = sequence.get("labels")
+    if labels is not None and labels.ndim == 0:
+        extra["labels"], labels = labels, None
     if labels is None and decoder:
         labels = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
     if mask is None and decoder and labels is not None:
@@ -295,13 +310,12 @@ def _whole(sequence: Batch, longest: int | None, decoder: bool) -> Iterator[Batc
     whole = {"input_ids": ids[ends], "attention_mask": mask[ends]}
     if labels is not None:
         whole["labels"] = labels[ends]
-    extra = {name: sequence[name] for name in PER_SEQUENCE if name in sequence}
     size = ends.stop - ends.start
     step = size if longest is None else longest
     if extra and size > step:
         raise DataError(
             f"data: a sequence with {' and '.join(extra)} has {size:,} tokens, more than the {step:,} that length or "
-            "the model's context allow; completions are not cut: give a larger length, or shorter completions."
+            "the model's context allow; such sequences are not cut: give a larger length, or shorter ones."
         )
     for start in range(0, size, step):
         piece = {name: tensor[start : start + step] for name, tensor in whole.items()}
@@ -351,10 +365,11 @@ def _padded(sequences: Sequence[Batch], batch_size: int) -> list[Batch]:
         batch = {
             name: pad_sequence([row[name] for row in part], batch_first=True, padding_value=value)
             for name, value in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
-            if name in part[0]
+            if name in part[0] and part[0][name].ndim
         }
         if bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
-        batch.update({name: torch.stack([row[name] for row in part]) for name in PER_SEQUENCE if name in part[0]})
+        single = [name for name, value in part[0].items() if not value.ndim]
+        batch.update({name: torch.stack([row[name] for row in part]) for name in single})
         batches.append(batch)
     return batches

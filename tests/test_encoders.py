@@ -1,4 +1,4 @@
-"""Encoders: sentences with special tokens, padding that does not count, a loss that must be given, other heads."""
+"""Encoders made smaller: other heads, redistribution behind post-norms, healing without logits, gates."""
 
 from __future__ import annotations
 
@@ -6,181 +6,27 @@ import copy
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
-from helpers import GatedReference, randomised, tiny, token_ids
+from encoders import ROWS, bare, hidden
+from helpers import tiny, token_ids
 from plans import plan_of, random_plan, relative
-from scoring import WORDS, permute
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    BertConfig,
     BertForNextSentencePrediction,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertModel,
-    PreTrainedTokenizerFast,
 )
 
 import ppnet
 from ppnet.calibration import calibration_batches
 from ppnet.compact import compact
-from ppnet.errors import DataError, PPNetError, TrainingError, UnsupportedModelError
-from ppnet.families import FAMILIES, is_decoder, predicts_tokens, structure_of
-from ppnet.scores import score, score_methods
+from ppnet.errors import TrainingError, UnsupportedModelError
+from ppnet.families import is_decoder, predicts_tokens, structure_of
 from ppnet.train.healing import LastLog
 from ppnet.units import leaf_module
-
-WITH_LOSS = {
-    "taylor": ("taylor", {}),
-    "squared": ("taylor", {"sign": "squared"}),
-    "movement": ("movement", {}),
-    "mama": ("mama", {}),
-    "obs": ("obs", {}),
-    "activation": ("activation", {}),
-    "bias": ("bias", {}),
-}
-ROWS = [row[:length] for row, length in zip(token_ids(batch=4, length=12), (12, 5, 9, 2), strict=True)]
-
-
-def bare(**changes: Any) -> Any:
-    """A BertModel with a pooler, in evaluation mode."""
-    torch.manual_seed(0)
-    return randomised(BertModel(BertConfig(**{**FAMILIES["bert"].tiny_configs("bert"), **changes}))).eval()
-
-
-def pooled_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
-    """A fixed direction of the mean hidden state: (B,)."""
-    hidden = output.last_hidden_state
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None].to(hidden)
-    mean = (hidden * mask).sum(1) / mask.sum(1)
-    return mean @ torch.linspace(-1, 2, hidden.shape[-1], dtype=hidden.dtype)
-
-
-def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of ten words that puts <s> before and </s> behind a sentence."""
-    tokenizer: Any = Tokenizer(models.WordLevel(WORDS, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", cls_token="<s>", sep_token="</s>")
-
-
-def hidden(model: Any, **inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).last_hidden_state
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
-
-
-def test_sentences_keep_their_special_tokens_and_have_no_labels(tmp_path):
-    model = bare()
-    (batch,) = calibration_batches(model, ["a b c", " ", "d"], words())
-    assert batch.keys() == {"input_ids", "attention_mask"}
-    assert batch["input_ids"].tolist() == [[1, 3, 4, 5, 2], [1, 6, 2, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    (cut,) = calibration_batches(model, ["a b c", "d"], words(), length=4)
-    assert cut["input_ids"].tolist() == [[1, 3, 4, 2], [1, 5, 2, 0], [1, 6, 2, 0]]
-    file = tmp_path / "text.txt"
-    file.write_text("a b\nc\n\n")
-    for data, options in ((file, {"separator": "\n"}), ([{"text": "a b"}, {"text": "c"}], {})):
-        (batch,) = calibration_batches(model, data, words(), **options)
-        assert batch["input_ids"].tolist() == [[1, 3, 4, 2], [1, 5, 2, 0]]
-    assert len(calibration_batches(model, ["a b"] * 100, words(), max_tokens=20)[0]["input_ids"]) == 5
-    with pytest.raises(DataError, match=r"length: 2 leaves no room beside the tokenizer's 2 special tokens"):
-        calibration_batches(model, ["a"], words(), length=2)
-    with pytest.raises(DataError, match="tokenizer: None"):
-        calibration_batches(model, ["a"])
-    with pytest.raises(DataError, match="data: holds no sequence"):
-        calibration_batches(model, [" "], words())
-
-
-def test_ids_and_labels_are_taken_as_they_are():
-    model = bare()
-    (batch,) = calibration_batches(model, [[5, 6, 7], [8]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and "labels" not in batch
-    labels = torch.tensor([[-100, 9, -100, -100]])
-    (batch,) = calibration_batches(model, {"input_ids": torch.tensor([[3, 4, 5, 6]]), "labels": labels})
-    # What follows the last label is no padding where attention looks both ways.
-    assert torch.equal(batch["labels"], labels) and batch["input_ids"].shape == (1, 4)
-    assert torch.equal(calibration_batches(model, torch.arange(3, 9))[0]["input_ids"], torch.arange(3, 9)[None])
-
-
-# ---- scores ----------------------------------------------------------------------------------------------------------
-
-
-def test_padding_does_not_count():
-    model = bare().double()
-    alone = score_methods(model, ROWS, WITH_LOSS, loss=pooled_loss, batch_size=1)
-    together = score_methods(model, ROWS, WITH_LOSS, loss=pooled_loss, batch_size=3)
-    ids = torch.full((4, 14), 7)
-    mask = torch.zeros_like(ids)
-    for row, sentence in enumerate(ROWS):
-        ids[row, : len(sentence)], mask[row, : len(sentence)] = sentence, 1
-    filled = score_methods(model, {"input_ids": ids, "attention_mask": mask}, WITH_LOSS, loss=pooled_loss)
-    for method, units in alone.items():
-        for name in units:
-            for other in (together, filled):
-                torch.testing.assert_close(other[method][name], units[name], rtol=1e-9, atol=1e-12, msg=method)
-    assert alone["activation"].tokens == sum(map(len, ROWS))
-
-
-def test_gradients_of_a_given_loss_against_plain_autograd():
-    model = bare().double()
-    structure = structure_of(model)
-    gates = torch.ones(structure.total_units, dtype=torch.float64, requires_grad=True)
-    rows = []
-    with GatedReference(model, structure, gates):
-        for ids in ROWS:
-            loss = pooled_loss(model(input_ids=ids[None]), {"input_ids": ids[None]})
-            rows.append(torch.autograd.grad(loss.sum(), gates, retain_graph=True)[0])
-    expected = torch.stack(rows).abs().sum(0).split([site.units for site in structure.sites])
-    found = score(model, ROWS, "taylor", loss=pooled_loss)
-    for site, units in zip(structure.sites, expected, strict=True):
-        torch.testing.assert_close(found[site.name], units / len(ROWS), rtol=1e-9, atol=1e-12)
-
-
-def test_permuting_units_permutes_scores():
-    model = bare().double()
-    methods = {**WITH_LOSS, "magnitude": ("magnitude", {}), "paths": ("magnitude", {"form": "paths"})}
-    before = score_methods(model, ROWS, methods, loss=pooled_loss)
-    orders = {site.name: torch.randperm(site.units) for site in structure_of(model).sites}
-    for site in structure_of(model).sites:
-        permute(model, site, orders[site.name])
-    after = score_methods(model, ROWS, methods, loss=pooled_loss)
-    for method in methods:
-        for name, order in orders.items():
-            torch.testing.assert_close(after[method][name], before[method][name][order], rtol=1e-9, atol=1e-12)
-
-
-def test_kl_of_a_model_with_logits_needs_no_loss():
-    kl = score(tiny("bert"), ROWS, "kl")
-    assert kl.tokens == sum(map(len, ROWS)) and all((units > 0).all() for units in kl.values())
-
-
-def test_what_needs_a_loss_or_logits_says_so():
-    for model in (bare(), tiny("bert")):
-        for method in ("taylor", "movement", "mama"):
-            with pytest.raises(PPNetError, match=r"^loss: None, .*encoder.* give loss=\(the model's output, batch\)"):
-                score(model, ROWS, method)
-        with pytest.raises(PPNetError, match=r"^method: rewards are of completions"):
-            score(model, ROWS, "reward")
-        assert score(model, method="random") and score(model, method="magnitude")
-    with pytest.raises(PPNetError, match=r"^loss: None, .*BertModel is an encoder"):
-        score(bare(), ROWS, "obs")
-    assert score(bare(), ROWS, "obs", weighting="output") and score(tiny("bert"), ROWS, "obs")
-    guarded = {"kl": 0.5}
-    for options in ({}, {"loss": pooled_loss}):
-        with pytest.raises(PPNetError, match=r'BertModel has no logits of tokens; .* weights=\{"kl": 0\}'):
-            score(bare(), ROWS, "mama", weights=guarded, **options)
-    with pytest.raises(PPNetError, match=r'^loss: fisher information .*weights=\{"kl": 0\}'):
-        score(tiny("bert"), ROWS, "mama", weights=guarded, loss=lambda output, batch: output.logits.sum((1, 2)))
-
 
 # ---- compaction ------------------------------------------------------------------------------------------------------
 

@@ -150,9 +150,13 @@ def sentences(
                 yield _checked_ids(text)
             elif tokenizer is None:
                 raise DataError("tokenizer: None is allowed for token ids only; give the model's tokenizer.")
-            elif text.strip():
+            elif text.strip() and tokenizer.is_fast:
                 pieces = tokenizer(text, truncation=True, max_length=length, return_overflowing_tokens=True)
                 yield from pieces["input_ids"]
+            elif text.strip():  # those in Python give only the first piece
+                ids, room = tokenizer.encode(text, add_special_tokens=False), length - special
+                for start in range(0, len(ids), room):
+                    yield tokenizer.build_inputs_with_special_tokens(ids[start : start + room])
 
 
 def check_vocabulary(ids: Tensor, model: nn.Module, name: str = "ids") -> None:

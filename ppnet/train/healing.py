@@ -42,7 +42,8 @@ class Sequences(torch.utils.data.Dataset):
             for row in range(len(batch["input_ids"])):
                 # Padding that the batch needed is left out; the next batch pads anew.
                 real = slice(None) if mask is None else mask[row].bool()
-                names = [name for name in ("input_ids", "labels") if name in batch]
+                # Labels of whole sequences belong to a task, which a model without logits of tokens does not heal by.
+                names = [name for name in ("input_ids", "labels") if name in batch and batch[name].ndim == 2]
                 self.rows.append({name: batch[name][row][real] for name in names})
 
     def __len__(self) -> int:
