@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def table(recipe: dict[str, Any], rows: Rows) -> str:
         removed = sorted({row["removed"] for row in own})
         forms = [(name, form) for name, form in FORMS if any(form.items() <= row.items() for row in own)]
         forms = forms or [("cut", {})]
-        seeds = len({row["seed"] for row in own})
+        counts = Counter((row["method"], row["removed"], row.get("redistributed"), row.get("healed")) for row in own)
+        seeds = min(counts.values())
         heads = [f"{share:.0%} {name}" for share in removed for name, _ in forms]
         columns = [column(own, lower, removed=share, **form) for share in removed for _, form in forms]
         lines += [
@@ -121,7 +123,7 @@ def plot(recipe: dict[str, Any], rows: Rows, path: Path) -> None:
     own = [row for row in rows if row["section"] == "gated"]
     shares = sorted({row["removed"] for row in own})
     for axis, (name, form) in zip(axes, FORMS[:2], strict=True):
-        axis.axhline(dense, color=LIGHT.ink, linewidth=1, linestyle=":")
+        axis.axhline(dense, color=LIGHT.ink, linewidth=1, linestyle=":", label="dense")
         for method, colour in zip(PLOTTED, colours, strict=True):
             values = [by_seed(own, method=method, removed=share, **form).values() for share in shares]
             if not all(values):
