@@ -278,10 +278,9 @@ def models(shape: Shape, place: Place) -> dict[str, tuple[Any, Row]]:
     """The dense model and compacted ones by name, with what their FLOPs promise."""
     dense = shape.model(torch.bfloat16, place.device).eval()
     made: dict[str, tuple[Any, Row]] = {"dense": (dense, {})}
+    multiples = {"neuron": shape.multiple}
     for fraction in FRACTIONS:
-        kept = plan(
-            dense, fraction, metric="flops", of="gated", multiple_of={"neuron": shape.multiple}, scores="magnitude"
-        )
+        kept = plan(dense, fraction, metric="flops", of="gated", multiple_of=multiples, scores="magnitude")
         promised = {
             "gated FLOPs asked": fraction,
             "ideal x, 1 / fraction": round(1 / fraction, 3),

@@ -10,7 +10,7 @@ import tiny_folders
 import torch
 from helpers import tiny
 from plans import batch, logits, random_plan
-from test_heal import Logs
+from test_distill import Logs
 from tiny_folders import TEXT, write_folders
 from training import one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
