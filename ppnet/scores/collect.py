@@ -280,8 +280,9 @@ class Collector:
         if number not in self._watched:
             self._watched.add(number)
             mask = self._mask if self._mask is not None and x.shape[:2] == self._mask.shape else None
+            rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
             for name in self.needs & {ACTIVATIONS, GRAM}:
-                self.sites[number].collected[name].add(x, mask)
+                self.sites[number].collected[name].add(rows)
 
     @torch.no_grad()
     def _sink(self, number: int, x: Tensor, dx: Tensor) -> None:

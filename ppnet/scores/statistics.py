@@ -94,9 +94,8 @@ class Activations:
         self.tokens = 0
         self._sum, self._squares = accumulator(features, device), accumulator(features, device)
 
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """x: (B, T, F); mask: (B, T), True where a token counts."""
-        rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+    def add(self, rows: Tensor) -> None:
+        """rows: (N, F), the features of N tokens."""
         self.tokens += len(rows)
         for part in rows.split(4096):
             part = part.to(wide(part.dtype))
@@ -136,9 +135,8 @@ class Gram:
         self._sum: Any = 0.0
         self._products: Any = 0.0
 
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """x: (B, T, F); mask: (B, T), True where a token counts."""
-        rows = x.detach().reshape(-1, x.shape[-1]) if mask is None else x.detach()[mask]
+    def add(self, rows: Tensor) -> None:
+        """rows: (N, F), the features of N tokens."""
         if self._origin is None and len(rows):
             self._origin = rows.to(wide(rows.dtype)).mean(0)
         self.tokens += len(rows)
