@@ -122,6 +122,26 @@ def test_batches_and_chunks_change_nothing(gated, monkeypatch):
         assert parts.coverage == whole.coverage
 
 
+def test_accelerated_models_have_the_same_ensemble(gated):
+    plain = ensemble(gated, None, documents(), SIZE, draws=2)
+    ppnet.accelerate(gated)
+    try:
+        fast = ensemble(gated, None, documents(), SIZE, draws=2)
+    finally:
+        ppnet.decelerate(gated)
+    assert fast.average.nll == pytest.approx(plain.average.nll, abs=1e-5)
+    assert fast.mutual_information == pytest.approx(plain.mutual_information, abs=1e-5)
+
+
+def test_other_families_and_dtypes():
+    wide, narrow = (
+        ensemble(ppnet.wrap(tiny("gpt2", dtype=dtype)), None, documents(), 0.8, metric="flops", draws=2)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert narrow.average.nll == pytest.approx(wide.average.nll, abs=0.02)
+    assert narrow.mutual_information == pytest.approx(wide.mutual_information, abs=0.02)
+
+
 def test_equal_draws_average_to_themselves(gated, monkeypatch):
     plan = ppnet.plan(gated, SIZE)
     monkeypatch.setattr(Puppet, "draw_plan", lambda puppet, u, seed: plan)
