@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ppnet.cost import CostModel, cost_model
 from ppnet.gates.config import SCORES, PuppetConfig
-from ppnet.gates.draw import Draw, draw_lambda, draw_masks, generator
+from ppnet.gates.draw import Choice, Draw, choose, draw_masks, generator
 from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
+from ppnet.gates.prefix import prefix_mask
 from ppnet.gates.solve import bracket
 from ppnet.gates.spline import basis
 from ppnet.plan import Plan, make_plan
@@ -26,6 +27,9 @@ from ppnet.units import Structure, leaf_module
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
+
+# Grid of the order in training, where it is read at every prefix mask.
+_TRAINING_POINTS = 64
 
 
 class Puppet(nn.Module):
@@ -69,6 +73,7 @@ class Puppet(nn.Module):
         self.progress = 0
         self.last_lambda = 0.0
         self._lambdas: list[float] = []
+        self._kind: str | None = None
         self._tokens = 1_000_000
         self._draw_count: int | None = None
         self._read: tuple[int | None, Tensor] | None = None
@@ -236,19 +241,28 @@ class Puppet(nn.Module):
         """Draws lambda and the masks of one training pass and counts it. At lambda = 0 nothing is masked."""
         number = self._next_draw()
         source = generator(self.config.seed, number)
-        lambda_ = draw_lambda(self.config, self.progress, source, self._u_at)
+        choice = choose(self.config, self.progress, source, self._u_at, self._kind)
         self._solved = None
         self._draw_count = number + 1
-        drawn = self._draw_at(lambda_, source, number)
+        drawn = self._draw_at(choice, source, number)
         self.draws.fill_(self._draw_count)
-        self.last_lambda = lambda_
-        self._lambdas.append(lambda_)
+        self.last_lambda = choice.lambda_
+        self._lambdas.append(choice.lambda_)
         return drawn
 
     def next_lambda(self) -> float:
         """lambda that the coming draw will use: draws depend on the seed and their number alone."""
         source = generator(self.config.seed, self._next_draw())
-        return draw_lambda(self.config, self.progress, source, self._u_at)
+        return choose(self.config, self.progress, source, self._u_at, self._kind).lambda_
+
+    @contextmanager
+    def drawing(self, kind: str) -> Iterator[None]:
+        """Training passes inside are gated: ``"gated"`` as the config draws them, or ``"smallest"``."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
 
     @torch.no_grad()
     def _u_at(self, fraction: float) -> float:
@@ -271,14 +285,24 @@ class Puppet(nn.Module):
             self._draw_count = int(self.draws)
         return self._draw_count
 
-    def _draw_at(self, lambda_: float, source: torch.Generator, number: int) -> Draw:
-        u = lambda_ / (1.0 + lambda_)
-        if lambda_ == 0.0:
+    def _draw_at(self, choice: Choice, source: torch.Generator, number: int) -> Draw:
+        u = choice.lambda_ / (1.0 + choice.lambda_)
+        if choice.lambda_ == 0.0:
             return Draw(u, number, None, None if self.config.pin_dense else self.out_amplitude(0.0), self._input(0.0))
         rho = self.inclusion(u, self._training_importance(u))
-        mask = draw_masks(rho.detach().cpu(), self.structure, source)
+        if choice.prefix:
+            fraction = choice.fraction
+            mask = self._prefix_mask(float(self.mean_inclusion(rho.detach())) if fraction is None else fraction)
+        else:
+            mask = draw_masks(rho.detach().cpu(), self.structure, source)
         relaxed = mask.to(rho) + (rho - rho.detach())
         return Draw(u, number, mask, relaxed * self.out_amplitude(u), self._input(u))
+
+    @torch.no_grad()
+    def _prefix_mask(self, fraction: float) -> Tensor:
+        counts = torch.tensor([site.units for site in self.structure.sites])
+        costs = (self.flops_share.cpu().double() / counts)[self.site_of_unit.cpu()]
+        return prefix_mask(self.order_key(_TRAINING_POINTS), costs, fraction, self.structure.offsets())
 
     def _input(self, u: float) -> Tensor | None:
         return None if u == 0.0 and self.config.pin_dense else self.in_amplitude(u)

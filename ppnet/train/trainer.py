@@ -20,6 +20,7 @@ from transformers import (
 from ppnet.checks import renamed
 from ppnet.errors import PPNetError, TrainingError
 from ppnet.families import is_decoder
+from ppnet.gates.draw import GATED, SMALLEST
 from ppnet.modes import evaluating
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
@@ -119,6 +120,8 @@ class PuppetTrainerMixin(CheckpointMixin):
                 f"model: gates do not work under nn.DataParallel ({self.args.n_gpu} GPUs in one process); start one "
                 "process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
+        if self.puppet is not None and self.puppet.config.sandwich:
+            refuse_sandwich(self.puppet, self.args)
         if self.args.world_size > 1 and self.puppet is not None:
             refuse_distributed(self.puppet, bool(self.args.gradient_checkpointing))
         self._micro_losses: list[Tensor] = []
@@ -142,6 +145,8 @@ class PuppetTrainerMixin(CheckpointMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         puppet.progress = self.state.global_step
         puppet.clear()
+        if puppet.config.sandwich:
+            return self._sandwich(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         share = float(puppet.config.distill)
         # Before the gated pass: activation checkpointing recomputes that one with the gates that are bound last.
         gated = engine_of(puppet.root).fixed is not None or puppet.next_lambda() > 0
@@ -162,6 +167,38 @@ class PuppetTrainerMixin(CheckpointMixin):
         # The Trainer divides losses that are means over their micro-batch, not those already divided by all tokens.
         loss = loss + (penalty / micro_steps if scaled else penalty)
         self._record("nll", nll * (micro_steps if scaled else 1))
+        self._record("penalty", penalty)
+        return (loss, outputs) if return_outputs else loss
+
+    def _sandwich(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Mean over a dense pass and `PuppetConfig.sandwich` gated ones that learn from it, plus the penalty."""
+        puppet, share = self.puppet, float(self.puppet.config.distill)
+        passes = puppet.config.sandwich
+        micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        scaled = self._loss_is_scaled(num_items_in_batch)
+        with puppet.dense():
+            nll, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
+        loss, teacher = nll, _logits(outputs)
+        self._record("nll", nll * (micro_steps if scaled else 1))
+        for number in range(1, passes + 1):
+            with puppet.drawing(SMALLEST if number == passes > 1 else GATED):
+                nll, gated = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
+            loss = loss + (1 - share) * nll
+            if share > 0 and teacher is not None:
+                divergence = self._distillation(inputs, gated, teacher.detach(), num_items_in_batch if scaled else None)
+                if scaled and num_items_in_batch is None:
+                    divergence = divergence / micro_steps
+                loss = loss + share * divergence
+                self._record("distillation_kl", divergence * (micro_steps if scaled else 1))
+        penalty = puppet.penalty().to(loss.device)
+        loss = loss / (1 + passes) + (penalty / micro_steps if scaled else penalty)
         self._record("penalty", penalty)
         return (loss, outputs) if return_outputs else loss
 
@@ -291,6 +328,25 @@ class PuppetTrainerMixin(CheckpointMixin):
 
 class PuppetTrainer(PuppetTrainerMixin, Trainer):
     """`transformers.Trainer` with `PuppetTrainerMixin`. Arguments are the Trainer's; see `default_arguments`."""
+
+
+def refuse_sandwich(puppet: Any, args: TrainingArguments) -> None:
+    """Several passes before one backward: activation checkpointing recomputes with the units bound last, and
+    DistributedDataParallel prepares for a backward at every forward.
+
+    Raises:
+        TrainingError: either is asked for.
+    """
+    for option, problem in (
+        ("gradient_checkpointing=True", args.gradient_checkpointing),
+        (f"training on {args.world_size} processes", args.world_size > 1),
+    ):
+        if problem:
+            raise TrainingError(
+                f"sandwich: PuppetConfig(sandwich={puppet.config.sandwich}) makes several passes before a backward, "
+                f"which {option} does not allow; use sandwich=0, or leave out activation checkpointing and the other "
+                "processes."
+            )
 
 
 def refuse_distributed(puppet: Any, checkpointing: bool, callback: bool = False) -> None:

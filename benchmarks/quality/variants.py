@@ -1,0 +1,66 @@
+"""Runs of the study "elastic": anchors, and gate training by its options, one lever at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train gates.
+
+    Attributes:
+        regime: ``"scratch"`` (the dense model's tokens in all) or ``"retrofit"`` (from the dense model on).
+        options: of `ppnet.PuppetConfig`.
+        dense_share: of the steps, before the gates are attached (scratch).
+        scores: the method whose scores are the importance; None: the config's.
+        gate_lr: None: the recipe's.
+        frozen: gates alone learn.
+        lr: times the recipe's rate (retrofit).
+    """
+
+    regime: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dense_share: float = 0.6
+    scores: str | None = None
+    gate_lr: float | None = None
+    frozen: bool = False
+    lr: float = 1.0
+
+
+def retrofit(scores: str | None = None, lr: float = 1.0, **options: Any) -> Variant:
+    return Variant("retrofit", options, scores=scores, lr=lr)
+
+
+def scratch(dense_share: float, scores: str | None = None, **options: Any) -> Variant:
+    return Variant("scratch", options, dense_share, scores=scores)
+
+
+ANCHORS: dict[str, Any] = {
+    "dense": ("run_dense",),
+    "alone": ("run_alone",),
+    "longer": ("run_longer",),
+    "paper": Variant("scratch", {"preset": "paper", "gate_gradient": "exact"}, 0.0, gate_lr=3e-3),
+    "matformer": ("run_nested", "matformer"),
+    "sandwich": ("run_nested", "sandwich"),
+    "wanda": ("run_masks",),
+    "sparsegpt": ("run_masks",),
+    **{method: ("run_cut", method, False) for method in ("magnitude", "activation", "mama")},
+    **{f"{method} healed": ("run_cut", method, True) for method in ("magnitude", "activation", "mama")},
+}
+VARIANTS: dict[str, Any] = {
+    "retrofit": retrofit(),
+    "retrofit mama": retrofit("mama"),
+    "retrofit prefix": retrofit("mama", prefix_fraction=1.0),
+    "retrofit prefix .5": retrofit("mama", prefix_fraction=0.5),
+    "retrofit sandwich": retrofit("mama", sandwich=1),
+    "retrofit sandwich prefix": retrofit("mama", sandwich=1, prefix_fraction=1.0),
+    "retrofit sandwich 2 prefix": retrofit("mama", sandwich=2, prefix_fraction=1.0),
+    "retrofit prefix log": retrofit("mama", prefix_fraction=1.0, lambda_distribution="log_size"),
+    "scratch": scratch(0.6),
+    "scratch prefix": scratch(0.6, "mama", prefix_fraction=1.0),
+    "scratch prefix log": scratch(0.6, "mama", prefix_fraction=1.0, lambda_distribution="log_size"),
+    "scratch sandwich prefix": scratch(0.6, "mama", sandwich=1, prefix_fraction=1.0),
+}
+RUNS = ANCHORS | VARIANTS
