@@ -132,6 +132,18 @@ def test_what_a_pass_is_can_be_said():
     assert choose(config, 0, generator(0, 0), lambda size: 0.5, SMALLEST).fraction == 0.07
 
 
+def test_frozen_weights_have_no_dense_passes(tmp_path):
+    model = wrap(tiny("llama"), PuppetConfig(dense_fraction=0.9))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("puppet."))
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    run = trainer(model, tmp_path, logging_steps=1)
+    run.train()
+    assert all(model.puppet.draw().u > 0 for _ in range(20))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
+    assert "puppet.theta" in changed and all(name.startswith("puppet.") for name in changed)
+
+
 # ---- sandwich steps --------------------------------------------------------------------------------------------------
 
 

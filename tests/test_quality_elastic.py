@@ -104,7 +104,7 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
     from store import read
 
     names = ["dense", "alone", "longer", "matformer", "sandwich", "mama", "mama healed", "sparsegpt",
-             "paper", "retrofit sandwich prefix", "scratch"]  # fmt: skip
+             "paper", "retrofit sandwich prefix", "retrofit lora", "retrofit gates alone", "scratch"]  # fmt: skip
     for name in names:
         study().run(name)
     recipe, rows = read(tmp_path / "elastic-tiny.jsonl")

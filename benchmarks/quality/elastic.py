@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import masks
 import text
 import torch
 from elastic_table import plot, table
+from low_rank import freeze, low_rank
 from nested import NestedTrainer, first_units
 from store import Rows, read
 from torch import nn
@@ -37,6 +39,7 @@ from ppnet.wrap import engine_of, is_wrapped
 
 FRACTIONS = (1.0, 0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.057)
 SMALLEST = FRACTIONS[-1]
+RANK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +219,11 @@ class Study:
             recipe = self.recipe
             if variant.regime == "retrofit":
                 model = self.wrap(self.dense(), variant)
-                return model, self.train_on(
-                    model, name, PuppetTrainer, variant.lr * recipe.retrofit_lr, variant.gate_lr
-                )
+                if variant.trains == "gates":
+                    freeze(model)
+                with low_rank(model, RANK) if variant.trains == "lora" else nullcontext():
+                    lr = variant.lr * recipe.retrofit_lr
+                    return model, self.train_on(model, name, PuppetTrainer, lr, variant.gate_lr)
             first, taken = round(variant.dense_share * recipe.steps), dict.fromkeys(("seconds", "flops", "tokens"), 0.0)
             if first:
                 model = self.first_steps(first)
@@ -237,9 +242,6 @@ class Study:
         scores = self.scores(model, variant.scores) if variant.scores else None
         config = ppnet.PuppetConfig(**{"seed": self.seed, "smallest_size": SMALLEST, **variant.options})
         ppnet.wrap(model, config, scores=scores)
-        if variant.frozen:
-            for parameter_name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter_name.startswith("puppet."))
         return model
 
     # ---- measuring ---------------------------------------------------------------------------------------------------

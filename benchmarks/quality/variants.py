@@ -16,7 +16,7 @@ class Variant:
         dense_share: of the steps, before the gates are attached (scratch).
         scores: the method whose scores are the importance; None: the config's.
         gate_lr: None: the recipe's.
-        frozen: gates alone learn.
+        trains: ``"all"``, ``"gates"`` alone, or ``"lora"``: gates and low-rank changes of the gated matrices.
         lr: times the recipe's rate (retrofit).
     """
 
@@ -25,12 +25,12 @@ class Variant:
     dense_share: float = 0.6
     scores: str | None = None
     gate_lr: float | None = None
-    frozen: bool = False
+    trains: str = "all"
     lr: float = 1.0
 
 
-def retrofit(scores: str | None = None, lr: float = 1.0, **options: Any) -> Variant:
-    return Variant("retrofit", options, scores=scores, lr=lr)
+def retrofit(scores: str | None = None, lr: float = 1.0, trains: str = "all", **options: Any) -> Variant:
+    return Variant("retrofit", options, scores=scores, lr=lr, trains=trains)
 
 
 def scratch(dense_share: float, scores: str | None = None, **options: Any) -> Variant:
@@ -58,6 +58,8 @@ VARIANTS: dict[str, Any] = {
     "retrofit sandwich prefix": retrofit("mama", sandwich=1, prefix_fraction=1.0),
     "retrofit sandwich 2 prefix": retrofit("mama", sandwich=2, prefix_fraction=1.0),
     "retrofit prefix log": retrofit("mama", prefix_fraction=1.0, lambda_distribution="log_size"),
+    "retrofit gates alone": retrofit("mama", trains="gates"),
+    "retrofit lora": retrofit("mama", trains="lora"),
     "scratch": scratch(0.6),
     "scratch prefix": scratch(0.6, "mama", prefix_fraction=1.0),
     "scratch prefix log": scratch(0.6, "mama", prefix_fraction=1.0, lambda_distribution="log_size"),

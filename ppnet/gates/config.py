@@ -53,7 +53,7 @@ class PuppetConfig:
         gate_gradient: straight-through gradient of dropped units: ``"sampled"`` (unbiased, on a random fraction of the
             tokens) or ``"exact"`` (all tokens).
         sampled_fraction: the fraction of tokens (neurons) or sequences (KV groups) that ``"sampled"`` uses.
-        dense_fraction: probability that a training pass is dense (lambda = 0).
+        dense_fraction: probability that a training pass is dense (lambda = 0); none is where all weights are frozen.
         lambda_distribution: ``"exponential"``: lambda ~ Exp(lambda_rate); ``"uniform_u"``: u = lambda / (lambda + 1)
             uniform on [0, u_max]; ``"uniform_size"``: the lambda at which the gates now keep a fraction of the gated
             FLOPs that is uniform on [smallest_size, 1], so that every size is trained however the gates stand;

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ppnet.cost import CostModel, cost_model
 from ppnet.gates.config import SCORES, PuppetConfig
-from ppnet.gates.draw import Choice, Draw, choose, draw_masks, generator
+from ppnet.gates.draw import GATED, Choice, Draw, choose, draw_masks, generator
 from ppnet.gates.importance import DEPENDS_ON_LAMBDA, get_importance
 from ppnet.gates.prefix import prefix_mask
 from ppnet.gates.solve import bracket
@@ -241,7 +241,7 @@ class Puppet(nn.Module):
         """Draws lambda and the masks of one training pass and counts it. At lambda = 0 nothing is masked."""
         number = self._next_draw()
         source = generator(self.config.seed, number)
-        choice = choose(self.config, self.progress, source, self._u_at, self._kind)
+        choice = self._choose(source)
         self._solved = None
         self._draw_count = number + 1
         drawn = self._draw_at(choice, source, number)
@@ -253,7 +253,12 @@ class Puppet(nn.Module):
     def next_lambda(self) -> float:
         """lambda that the coming draw will use: draws depend on the seed and their number alone."""
         source = generator(self.config.seed, self._next_draw())
-        return choose(self.config, self.progress, source, self._u_at, self._kind).lambda_
+        return self._choose(source).lambda_
+
+    def _choose(self, source: torch.Generator) -> Choice:
+        # With frozen weights a dense pass teaches nothing, and its loss has no gradient.
+        learns = any(p.requires_grad for name, p in self.root.named_parameters() if not name.startswith("puppet."))
+        return choose(self.config, self.progress, source, self._u_at, self._kind or (None if learns else GATED))
 
     @contextmanager
     def drawing(self, kind: str) -> Iterator[None]:
