@@ -104,7 +104,7 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
     from store import read
 
     names = ["dense", "alone", "longer", "matformer", "sandwich", "mama", "mama healed", "sparsegpt",
-             "paper", "retrofit sandwich prefix", "retrofit lora", "retrofit gates alone", "scratch"]  # fmt: skip
+             "paper", "retrofit prefix sandwich", "retrofit lora", "retrofit gates alone", "scratch"]  # fmt: skip
     for name in names:
         study().run(name)
     recipe, rows = read(tmp_path / "elastic-tiny.jsonl")
@@ -117,7 +117,7 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
         assert sizes >= set(elastic.FRACTIONS[1:]), name
     assert all(math.isfinite(row["value"]) for row in rows if "fraction" in row)
     taken = {row["run"]: row for row in rows if row.get("what") == "training"}
-    assert taken["retrofit sandwich prefix"]["training_tokens"] == 3 * 4 * 16
+    assert taken["retrofit prefix sandwich"]["training_tokens"] == 3 * 4 * 16
     assert taken["scratch"]["training_tokens"] == taken["dense"]["training_tokens"] == 6 * 4 * 16
     assert taken["alone 0.3"]["training_flops"] < 0.8 * taken["dense"]["training_flops"]
     assert taken["sandwich"]["training_flops"] > 1.5 * taken["dense"]["training_flops"]

@@ -49,20 +49,36 @@ ANCHORS: dict[str, Any] = {
     **{method: ("run_cut", method, False) for method in ("magnitude", "activation", "mama")},
     **{f"{method} healed": ("run_cut", method, True) for method in ("magnitude", "activation", "mama")},
 }
+PREFIX = {"prefix_fraction": 1.0}
 VARIANTS: dict[str, Any] = {
+    # What a unit's importance is.
     "retrofit": retrofit(),
     "retrofit mama": retrofit("mama"),
-    "retrofit prefix": retrofit("mama", prefix_fraction=1.0),
-    "retrofit prefix .5": retrofit("mama", prefix_fraction=0.5),
+    "retrofit activation": retrofit("activation"),
+    # How masks and sizes are drawn.
+    "retrofit prefix": retrofit("mama", **PREFIX),
+    "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
+    "retrofit prefix log": retrofit("mama", **PREFIX, lambda_distribution="log_size"),
+    "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
+    # How many passes a step has.
     "retrofit sandwich": retrofit("mama", sandwich=1),
-    "retrofit sandwich prefix": retrofit("mama", sandwich=1, prefix_fraction=1.0),
-    "retrofit sandwich 2 prefix": retrofit("mama", sandwich=2, prefix_fraction=1.0),
-    "retrofit prefix log": retrofit("mama", prefix_fraction=1.0, lambda_distribution="log_size"),
-    "retrofit gates alone": retrofit("mama", trains="gates"),
-    "retrofit lora": retrofit("mama", trains="lora"),
+    "retrofit prefix sandwich": retrofit("mama", **PREFIX, sandwich=1),
+    "retrofit prefix sandwich 2": retrofit("mama", **PREFIX, sandwich=2),
+    # What the gated passes learn from, and how fast.
+    "retrofit prefix distill 0": retrofit("mama", **PREFIX, distill=0.0),
+    "retrofit prefix distill 1": retrofit("mama", **PREFIX, distill=1.0),
+    "retrofit prefix lr x2": retrofit("mama", lr=2.0, **PREFIX),
+    "retrofit prefix no amplitudes": retrofit("mama", **PREFIX, amplitudes=False),
+    "retrofit prefix exact": retrofit("mama", **PREFIX, gate_gradient="exact"),
+    "retrofit prefix cold": retrofit("mama", **PREFIX, temperature=0.25),
+    # What learns.
+    "retrofit gates alone": retrofit("mama", trains="gates", **PREFIX),
+    "retrofit lora": retrofit("mama", trains="lora", **PREFIX),
+    # From scratch.
     "scratch": scratch(0.6),
-    "scratch prefix": scratch(0.6, "mama", prefix_fraction=1.0),
-    "scratch prefix log": scratch(0.6, "mama", prefix_fraction=1.0, lambda_distribution="log_size"),
-    "scratch sandwich prefix": scratch(0.6, "mama", sandwich=1, prefix_fraction=1.0),
+    "scratch prefix": scratch(0.6, "mama", **PREFIX),
+    "scratch prefix 0.4": scratch(0.4, "mama", **PREFIX),
+    "scratch prefix log": scratch(0.6, "mama", **PREFIX, lambda_distribution="log_size"),
+    "scratch prefix sandwich": scratch(0.6, "mama", **PREFIX, sandwich=1),
 }
 RUNS = ANCHORS | VARIANTS
