@@ -114,6 +114,29 @@ def test_eval_at_sizes_prints_a_table(ppnet, folders):
     assert code == 0 and "perplexity" in out and "0.6" in out
 
 
+def test_eval_with_mask_draws(ok, ppnet, refused, folders):
+    command = ("eval", folders["puppet"], "--data", folders["text"], "--max-tokens", 200)
+    drawn = (*command, "--sizes", "0.7,0.4", "--metric", "flops", "--draws", 3)
+    made = ok(*drawn, "--level", 0.5, "--coverage-draws", 2, "--seed", 5, "--window", 32)
+    assert [row["size"] for row in made["rows"]] == [0.7, 0.4]
+    for row in made["rows"]:
+        assert [draw["seed"] for draw in row["draws"]] == [5, 6, 7] and row["coverage"]["draws"] == 2
+        assert row["level"] == 0.5 and row["window"] == 32 and row["single"]["flops"] <= row["size"]
+        assert row["average"]["ece"] >= 0 and row["mutual_information"] > 0
+    (alone,) = ok(*command, "--size", 0.4, "--metric", "flops", "--window", 32)["rows"]
+    assert alone["nll"] == pytest.approx(made["rows"][1]["single"]["nll"], abs=1e-5)
+    code, out, _ = ppnet(*drawn, "--coverage-draws", 2)
+    assert code == 0 and "average of the draws" in out and "90% interval" in out and "of 2 fresh draws" in out
+    assert "add --size" in refused(*command, "--draws", 3)
+    assert "multiple-of: has no meaning with --draws" in refused(*drawn, "--multiple-of", "neuron=4")
+    assert "scores: has no meaning with --draws" in refused(*drawn, "--scores", "magnitude")
+    assert "level: 0.5 has a meaning only with --draws" in refused(*command, "--size", 0.4, "--level", 0.5)
+    assert "draws: must be at least 2" in refused(*command, "--size", 0.4, "--draws", 1)
+    assert "size: 1.0 keeps every unit" in refused(*command, "--size", 1, "--draws", 2)
+    dense = ("eval", folders["dense"], "--data", folders["text"], "--size", 0.5, "--draws", 2)
+    assert "carries no gates" in refused(*dense)
+
+
 def test_bench(ok, ppnet, folders):
     options = ("bench", folders["puppet"], "--sizes", 0.5, "--prompt", 8, "--new", 4, "--rounds", 1)
     (row,) = ok(*options)["rows"]

@@ -144,13 +144,14 @@ class MiniLM:
 
     Args:
         calibration_sentences: sentences of calibration data; `sentence_loss` sees `score_batch` of them at a time.
-        heal_steps, heal_batch, heal_rate: of healing.
+        heal_steps, heal_batch, heal_rate, heal_bf16: of healing.
     """
 
     metric, lower_is_better, language_model, without, score_batch = "Spearman", False, False, ("kl",), 64
     loss = staticmethod(sentences.sentence_loss)
 
-    def __init__(self, *, calibration_sentences=1024, heal_steps=15, heal_batch=32, heal_rate=3e-4):
+    def __init__(self, *, calibration_sentences=512, heal_steps=15, heal_batch=32, heal_rate=3e-4,
+                 heal_bf16=True):  # fmt: skip
         recipe = {name: value for name, value in locals().items() if name != "self"}
         self.__dict__.update(recipe)
         self.recipe = {"metric": self.metric, "lower_is_better": self.lower_is_better, **recipe}
@@ -158,8 +159,10 @@ class MiniLM:
         self.pairs = sentences.sts_pairs()
 
     def calibration(self, seed):
-        return ppnet.calibration_batches(
-            self.model, sentences.calibration_sentences(seed, self.calibration_sentences), self.tokenizer,
+        chosen = sentences.calibration_sentences(seed, self.calibration_sentences)
+        pairs = sorted(zip(chosen[::2], chosen[1::2], strict=True), key=lambda pair: max(map(len, pair)))
+        return ppnet.calibration_batches(  # equal lengths meet: little padding
+            self.model, [sentence for pair in pairs for sentence in pair], self.tokenizer,
             batch_size=self.score_batch, max_tokens=None,
         )  # fmt: skip
 
@@ -174,6 +177,7 @@ class MiniLM:
             small, self.model, sentences.calibration_sentences(1000 + seed, count), tokenizer=self.tokenizer,
             steps=self.heal_steps, learning_rate=self.heal_rate, batch_size=self.heal_batch, seed=seed, hidden=1.0,
             hidden_layers=(-1,), weight=1.0, progress=False,
+            arguments={"bf16": self.heal_bf16, "train_sampling_strategy": "group_by_length"},
         )  # fmt: skip
         return small.eval()
 

@@ -28,6 +28,7 @@ from ppnet.cli.common import (
     show,
     table,
 )
+from ppnet.cli.ensemble import CoverageDraws, Draws, Level, Seed, evaluate_draws, refuse_without_draws
 from ppnet.errors import PPNetError
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ def evaluate(
     of: Of = "model",
     multiple_of: MultipleOf = None,
     scores: Ranking = None,
+    draws: Draws = None,
+    coverage_draws: CoverageDraws = None,
+    level: Level = None,
+    seed: Seed = None,
     tokenizer: Tokenizer = None,
     window: Window = None,
     stride: Stride = None,
@@ -72,13 +77,39 @@ def evaluate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Perplexity of a model on held-out text, as it is or at some sizes.
+    """Perplexity of a model on held-out text, as it is or at some sizes; with --draws, what the gates are unsure of.
 
     Gates rank the units of a size, or scores if these are given; sizes of a model without gates need scores.
 
     Example:  ppnet eval puppet --data valid.txt --sizes 1,0.5,0.25 --separator '<|endoftext|>'
     Example:  ppnet eval models/llama --data valid.txt --sizes 1,0.5,0.25 --scores scores.safetensors
+    Example:  ppnet eval puppet --data valid.txt --size 0.5 --draws 8 --coverage-draws 40
     """
+    if draws is not None:
+        evaluate_draws(
+            folder,
+            data,
+            sizes,
+            metric=metric,
+            of=of,
+            draws=draws,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            json=json,
+            refused={"scores": scores, "multiple_of": multiple_of},
+            coverage_draws=coverage_draws,
+            level=level,
+            seed=seed,
+            window=window,
+            stride=stride,
+            batch_size=batch,
+            bos=bos,
+            separator=separator,
+            max_tokens=max_tokens,
+        )
+        return
+    refuse_without_draws(coverage_draws=coverage_draws, level=level, seed=seed)
     from ppnet.evaluate import perplexity
 
     if sizes is None and scores is not None:

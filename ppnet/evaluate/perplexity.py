@@ -18,15 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppnet.errors import DataError
-from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
+from ppnet.evaluate.model_state import device_of, vocabulary_of
 from ppnet.evaluate.progress import Progress
-from ppnet.evaluate.tokens import Bos, Data, token_sequences
+from ppnet.evaluate.tokens import Bos, Data
+from ppnet.evaluate.windows import Window, batches, windows_of
 from ppnet.families import check_decoder
 from ppnet.modes import evaluating
-
-DEFAULT_WINDOW = 2048
-MAX_LOGITS = 2**28  # elements of one batch of logits: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -68,14 +65,6 @@ class Perplexity:
         )
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Ids of one forward sequence, int64 ``(L,)``; targets ``first..L-1`` are scored."""
-
-    ids: Tensor
-    first: int
-
-
 def perplexity(
     model: nn.Module,
     tokenizer: Any,
@@ -112,109 +101,58 @@ def perplexity(
         DataError: empty or too short data, ids outside the model's vocabulary, a window or stride that does not fit.
     """
     check_decoder(model, "perplexity of next tokens")
-    length = _window_length(model, window)
-    step = length if stride is None else stride
-    if not 1 <= step <= length:
-        raise DataError(f"stride: must be in [1, window = {length}], got {step}.")
-    if batch_size < 1:
-        raise DataError(f"batch_size: must be at least 1, got {batch_size}.")
-    documents, bos, bos_id = token_sequences(tokenizer, data, bos=bos, separator=separator, max_tokens=max_tokens)
-    _check_ids(documents, vocabulary_of(model))
-    windows = _windows(documents, length, step, bos_id if bos == "window" else None)
-    if not windows:
-        raise DataError(
-            f"data: too short: {sum(map(len, documents))} tokens in {len(documents)} documents leave no token with a "
-            "predecessor; give at least two tokens, or bos='document'."
-        )
+    windows = windows_of(
+        model,
+        tokenizer,
+        data,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        bos=bos,
+        separator=separator,
+        max_tokens=max_tokens,
+    )
     start = time.perf_counter()
-    sums, counts = _score(model, windows, batch_size, progress)
+    sums, counts = _score(model, windows.items, batch_size, progress)
     tokens = int(counts.sum())
     nll = float(sums.sum() / tokens)
     return Perplexity(
         nll=nll,
-        perplexity=math.inf if nll >= 700 else math.exp(nll),
+        perplexity=perplexity_of(nll),
         stderr=_stderr(sums, counts, nll),
         tokens=tokens,
-        windows=len(windows),
-        documents=len(documents),
-        window=length,
-        stride=step,
-        bos=bos,
+        windows=len(windows.items),
+        documents=windows.documents,
+        window=windows.length,
+        stride=windows.stride,
+        bos=windows.bos,
         seconds=time.perf_counter() - start,
     )
 
 
-def _window_length(model: nn.Module, window: int | None) -> int:
-    context = context_of(model)
-    if window is None:
-        return min(DEFAULT_WINDOW, context or DEFAULT_WINDOW)
-    if window < 2:
-        raise DataError(f"window: must be at least 2 tokens, got {window}.")
-    if context is not None and window > context:
-        raise DataError(
-            f"window: {window} tokens exceed the model's context of {context}; use window={context} or less."
-        )
-    return window
+def perplexity_of(nll: float) -> float:
+    """exp(nll), infinite where float64 ends."""
+    return math.inf if nll >= 700 else math.exp(nll)
 
 
-def _check_ids(documents: list[Tensor], vocabulary: int) -> None:
-    full = [ids for ids in documents if len(ids)]
-    if not full:
-        raise DataError("data: holds no tokens; give text, a file name or token ids.")
-    low, high = min(int(ids.min()) for ids in full), max(int(ids.max()) for ids in full)
-    if low < 0 or high >= vocabulary:
-        odd = low if low < 0 else high
-        raise DataError(
-            f"data: token id {odd} is outside the model's vocabulary [0, {vocabulary}); the tokenizer does not belong "
-            "to this model. Use the tokenizer the model was trained with."
-        )
-
-
-def _windows(documents: list[Tensor], length: int, step: int, window_bos: int | None) -> list[_Window]:
-    """Cuts every document; a window scores the tokens that no earlier one has and that have a predecessor in it."""
-    front = torch.empty(0, dtype=torch.int64) if window_bos is None else torch.tensor([window_bos])
-    room = length - len(front)
-    found = []
-    for ids in documents:
-        scored = 0  # tokens of this document that earlier windows held
-        for begin in range(0, len(ids), min(step, room)):
-            end = min(begin + room, len(ids))
-            sequence = torch.cat([front, ids[begin:end]])
-            first = max(scored - begin + len(front), 1)
-            if first < len(sequence):
-                found.append(_Window(sequence, first))
-            scored = end
-            if end == len(ids):
-                break
-    return found
-
-
-def _score(model: nn.Module, windows: list[_Window], batch_size: int, progress: bool) -> tuple[Tensor, Tensor]:
+def _score(model: nn.Module, windows: list[Window], batch_size: int, progress: bool) -> tuple[Tensor, Tensor]:
     """Summed NLL and scored tokens of every window: float64 ``(N,)`` and int64 ``(N,)``."""
     device, vocabulary = device_of(model), vocabulary_of(model)
     sums = torch.zeros(len(windows), dtype=torch.float64)
-    counts = torch.tensor([len(w.ids) - w.first for w in windows])
-    order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # equal lengths meet: little padding
+    counts = torch.tensor([window.tokens for window in windows])
     report = Progress(int(counts.sum()), "perplexity, tokens")
     with evaluating(model), report:
-        at = 0
-        while at < len(order):
-            longest = len(windows[order[at]].ids)
-            rows = order[at : at + max(1, min(batch_size, MAX_LOGITS // (longest * vocabulary)))]
-            at += len(rows)
-            # Padding follows the text, so causal attention never sees it and no mask is needed.
-            batch = torch.stack(
-                [F.pad(windows[i].ids, (0, longest - len(windows[i].ids)), value=int(windows[i].ids[-1])) for i in rows]
-            ).to(device)
+        for part in batches(windows, batch_size, vocabulary):
+            batch = part.ids.to(device)
             logits = model(input_ids=batch, use_cache=False).logits
-            for row, i in enumerate(rows):
+            for row, i in enumerate(part.rows):
                 first, last = windows[i].first, len(windows[i].ids)
                 losses = F.cross_entropy(
                     logits[row, first - 1 : last - 1].float(), batch[row, first:last], reduction="none"
                 )
                 sums[i] = losses.sum(dtype=torch.float64).cpu()
             if progress:
-                report.advance(int(counts[rows].sum()))
+                report.advance(int(counts[part.rows].sum()))
     return sums, counts
 
 

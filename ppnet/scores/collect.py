@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ppnet.calibration import Batch
 from ppnet.errors import DataError, PPNetError
 from ppnet.evaluate.model_state import device_of, vocabulary_of
-from ppnet.evaluate.perplexity import MAX_LOGITS
 from ppnet.evaluate.progress import Progress
 from ppnet.evaluate.tokens import IGNORED
+from ppnet.evaluate.windows import MAX_LOGITS
 from ppnet.families import is_decoder, predicts_tokens
 from ppnet.modes import evaluation_mode
 from ppnet.scores.probe import Probe, input_norms, undisturbed
