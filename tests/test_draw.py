@@ -12,7 +12,7 @@ from scipy import stats
 import ppnet
 from ppnet.errors import PPNetError
 from ppnet.gates import PuppetConfig
-from ppnet.gates.draw import draw_lambda, draw_masks, generator
+from ppnet.gates.draw import choose, draw_masks, generator
 from ppnet.wrap import wrap
 
 PUPPET = wrap(tiny("llama")).puppet
@@ -20,7 +20,9 @@ PUPPET = wrap(tiny("llama")).puppet
 
 def lambdas(count, progress=0, **options):
     config = PuppetConfig(**options)
-    return [draw_lambda(config, progress, generator(config.seed, number), lambda size: 0.0) for number in range(count)]
+    return [
+        choose(config, progress, generator(config.seed, number), lambda size: 0.0).lambda_ for number in range(count)
+    ]
 
 
 @pytest.mark.parametrize("preset, mean", [("default", 2.0), ("paper", 1 / 0.3)])

@@ -152,7 +152,7 @@ def test_versions_are_read_from_the_present_parameters():
     ],
 )
 def test_what_fails_on_several_processes_is_refused_first(options, checkpointing, callback, names):
-    from ppnet.train.trainer import refuse_distributed
+    from ppnet.train.callback import refuse_distributed
 
     with pytest.raises(TrainingError, match=names):
         refuse_distributed(gated(**options).puppet, checkpointing, callback)

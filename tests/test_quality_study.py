@@ -192,8 +192,8 @@ class Tiny:
 
 def test_the_study_of_scores_goes_on_where_it_was(tmp_path, monkeypatch):
     import scores
-    from scores_table import losers, plot, read, table
-    from store import Rows
+    from scores_table import losers, plot, table
+    from store import Rows, read
 
     monkeypatch.setattr(scores, "METHODS", methods := ("random", "obs", "mama"))
     monkeypatch.setattr(scores, "REMOVED", shares := (0.25, 0.75))

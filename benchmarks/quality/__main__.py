@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import elastic
 import scores
+import variants
 
-STUDIES = {"scores": scores}
+STUDIES = {"scores": scores, "elastic": elastic}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,14 +23,20 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python benchmarks/quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--subjects", nargs="+", choices=scores.SUBJECTS, default=[*scores.SUBJECTS])
-    parser.add_argument("--sections", nargs="+", choices=scores.SECTIONS, default=[*scores.SECTIONS])
-    parser.add_argument("--without-healing", action="store_true", help="leave the healed rows for another run")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the rows")
-    parser.add_argument("--models", type=Path, default=ROOT / "build" / "quality", help="folder of trained models")
+    studies = parser.add_subparsers(dest="study", required=True)
+    for name, study in STUDIES.items():
+        own = studies.add_parser(name, help=study.__doc__.partition("\n")[0])
+        own.add_argument("--seeds", type=int, default=3)
+        own.add_argument("--subjects", nargs="+", choices=study.SUBJECTS, default=[*study.SUBJECTS])
+        own.add_argument("--table", action="store_true", help="write tables and plots of what is there")
+        own.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the rows")
+        own.add_argument("--models", type=Path, default=ROOT / "build" / "quality", help="folder of trained models")
+        if name == "scores":
+            own.add_argument("--sections", nargs="+", choices=scores.SECTIONS, default=[*scores.SECTIONS])
+            own.add_argument("--without-healing", action="store_true", help="leave the healed rows for another run")
+        else:
+            own.add_argument("--runs", nargs="+", choices=variants.RUNS, default=[*variants.RUNS])
+            own.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()
     study = STUDIES[options.study]
     if options.table:

@@ -16,8 +16,8 @@ import time
 
 import masks
 import peers
-from scores_table import losers, plot, read, table
-from store import Rows
+from scores_table import losers, plot, table
+from store import Rows, read
 from subjects import SUBJECTS, train
 
 import ppnet

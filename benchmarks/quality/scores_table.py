@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
@@ -28,12 +27,6 @@ TITLES = {
 PLOTTED = ("random", "magnitude", "activation", "taylor", "mama")
 
 Rows = list[dict[str, Any]]
-
-
-def read(path: Path) -> tuple[dict[str, Any], Rows]:
-    """A study's recipe and rows."""
-    recipe, *rows = (json.loads(line) for line in path.read_text().splitlines())
-    return recipe, rows
 
 
 def by_seed(rows: Rows, **key: Any) -> dict[int, float]:

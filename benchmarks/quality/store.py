@@ -48,3 +48,9 @@ class Rows:
 
     def select(self, **key: Any) -> list[dict[str, Any]]:
         return [row for row in self.rows if key.items() <= row.items()]
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A study's recipe and rows."""
+    recipe, *rows = (json.loads(line) for line in path.read_text().splitlines())
+    return recipe, rows

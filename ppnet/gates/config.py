@@ -13,7 +13,7 @@ from ppnet.units import KINDS
 _CHOICES: dict[str, tuple[str, ...]] = {
     "hierarchy": ("independent", "pooled"),
     "gate_gradient": ("sampled", "exact"),
-    "lambda_distribution": ("exponential", "uniform_u", "uniform_size"),
+    "lambda_distribution": ("exponential", "uniform_u", "uniform_size", "log_size"),
     "normalise_scores": ("site", "kind"),
 }
 # The importance that `ppnet.wrap(model, config, scores=...)` fixes; all others are read off the weights.
@@ -53,13 +53,19 @@ class PuppetConfig:
         gate_gradient: straight-through gradient of dropped units: ``"sampled"`` (unbiased, on a random fraction of the
             tokens) or ``"exact"`` (all tokens).
         sampled_fraction: the fraction of tokens (neurons) or sequences (KV groups) that ``"sampled"`` uses.
-        dense_fraction: probability that a training pass is dense (lambda = 0).
+        dense_fraction: probability that a training pass is dense (lambda = 0); none is where all weights are frozen.
         lambda_distribution: ``"exponential"``: lambda ~ Exp(lambda_rate); ``"uniform_u"``: u = lambda / (lambda + 1)
             uniform on [0, u_max]; ``"uniform_size"``: the lambda at which the gates now keep a fraction of the gated
-            FLOPs that is uniform on [smallest_size, 1], so that every size is trained however the gates stand.
+            FLOPs that is uniform on [smallest_size, 1], so that every size is trained however the gates stand;
+            ``"log_size"``: the same with the logarithm of that fraction uniform, which gives small sizes more passes.
         lambda_rate: rate (inverse mean) of the exponential distribution.
-        u_max: upper end of u in ``"uniform_u"`` and ``"uniform_size"``.
-        smallest_size: lower end of the fractions of ``"uniform_size"``.
+        u_max: upper end of u in all but ``"exponential"``.
+        smallest_size: lower end of the fractions of ``"uniform_size"`` and ``"log_size"``.
+        prefix_fraction: probability that a gated pass keeps, instead of a Bernoulli draw, the units that
+            `ppnet.plan` would keep at the drawn size: a prefix of the gates' order (DESIGN section 2), as deployed.
+        sandwich: 0: every micro-batch is one pass. n > 0: a dense pass and n gated ones, which learn from the dense
+            one's logits (`distill`); of two or more the last is at `smallest_size` (the sandwich rule of Yu & Huang
+            2019, arXiv 1903.05134). `dense_fraction` is unused then.
         lambda_warmup: optimizer steps over which drawn lambdas are scaled up linearly from 0.
         penalty: weight of the cost penalty lambda * rho_bar(lambda).
         distill: weight in [0, 1] of in-place distillation: gated passes learn from the model's own dense pass.
@@ -94,6 +100,8 @@ class PuppetConfig:
     u_max: float = 0.9
     smallest_size: float = 0.05
     lambda_warmup: int = 0
+    prefix_fraction: float = 0.0
+    sandwich: int = 0
     penalty: float | None = None
     distill: float | None = None
     distill_temperature: float = 1.0
@@ -159,6 +167,8 @@ class PuppetConfig:
         self._check_range("distill_temperature", self.distill_temperature > 0, "> 0")
         self._check_range("pooled_scale", self.pooled_scale > 0, "> 0")
         self._check_range("penalty", self.penalty is not None and self.penalty >= 0, ">= 0")
+        self._check_range("prefix_fraction", 0 <= self.prefix_fraction <= 1, "in [0, 1]")
+        self._check_range("sandwich", self.sandwich >= 0, ">= 0")
         self._check_range("lambda_warmup", self.lambda_warmup >= 0, ">= 0")
         self._check_range("gate_lr", self.gate_lr is None or self.gate_lr >= 0, ">= 0")
         self._check_range("align", self.align >= 1, ">= 1")

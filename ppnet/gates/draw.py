@@ -40,27 +40,62 @@ def generator(seed: int, number: int, purpose: str = "draw") -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw_lambda(config: PuppetConfig, progress: int, source: torch.Generator, u_at: Callable[[float], float]) -> float:
-    """lambda of a pass: 0 with probability `dense_fraction`, else from `lambda_distribution`, scaled in the warm-up.
+@dataclass(frozen=True)
+class Choice:
+    """What a pass is to be, before its masks are drawn.
+
+    Attributes:
+        lambda_: price of computation; 0 is a dense pass.
+        fraction: the fraction of the gated FLOPs that was asked for; None where lambda was drawn by itself.
+        prefix: whether the mask is the first units of the gates' order, not a Bernoulli draw.
+    """
+
+    lambda_: float
+    fraction: float | None = None
+    prefix: bool = False
+
+
+# What a pass is where it is not left to chance: a gated one, or one at the smallest size.
+GATED, SMALLEST = "gated", "smallest"
+
+
+def choose(
+    config: PuppetConfig,
+    progress: int,
+    source: torch.Generator,
+    u_at: Callable[[float], float],
+    kind: str | None = None,
+) -> Choice:
+    """A pass: dense with probability `dense_fraction`, else lambda from `lambda_distribution`, scaled in the warm-up.
 
     Args:
         progress: optimizer steps made.
-        u_at: fraction of the gated FLOPs -> u at which the gates keep it; called under ``"uniform_size"`` only.
+        u_at: fraction of the gated FLOPs -> u at which the gates keep it; not called under ``"exponential"`` and
+            ``"uniform_u"``, unless `kind` says so.
+        kind: None, `GATED` (never dense) or `SMALLEST` (at `smallest_size`).
     """
     dense, position = torch.rand(2, generator=source, dtype=torch.float64).tolist()
-    if dense < config.dense_fraction:
-        return 0.0
-    if config.lambda_distribution == "uniform_u":
-        u = position * config.u_max
-        lambda_ = u / (1.0 - u)
+    if kind is None and dense < config.dense_fraction:
+        return Choice(0.0)
+    fraction = None
+    if kind == SMALLEST:
+        fraction = config.smallest_size
     elif config.lambda_distribution == "uniform_size":
-        u = u_at(1.0 - position * (1.0 - config.smallest_size))
+        fraction = 1.0 - position * (1.0 - config.smallest_size)
+    elif config.lambda_distribution == "log_size":
+        fraction = config.smallest_size**position
+    if fraction is not None:
+        u = u_at(fraction)
+        lambda_ = u / (1.0 - u)
+    elif config.lambda_distribution == "uniform_u":
+        u = position * config.u_max
         lambda_ = u / (1.0 - u)
     else:
         lambda_ = -math.log1p(-position) / float(config.lambda_rate or 1.0)
     if config.lambda_warmup > 0:
         lambda_ *= min(1.0, (progress + 1) / config.lambda_warmup)
-    return lambda_
+    prefix = config.prefix_fraction > 0 and float(torch.rand((), generator=source)) < config.prefix_fraction
+    return Choice(lambda_, fraction, prefix)
 
 
 def draw_masks(rho: Tensor, structure: Structure, source: torch.Generator) -> Tensor:

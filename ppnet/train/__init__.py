@@ -1,5 +1,6 @@
 """Training gates and weights with Hugging Face trainers; data; checkpoints that resume bit for bit."""
 
+from ppnet.train.callback import PuppetCallback
 from ppnet.train.checkpointing import last_good_checkpoint, verify_checkpoint
 from ppnet.train.data import TextBlocks, check_vocabulary, text_blocks
 from ppnet.train.distill import Distillation, DistillationMixin, DistillationTrainer
@@ -8,7 +9,7 @@ from ppnet.train.healing import heal
 from ppnet.train.movement import MovementCallback
 from ppnet.train.objective import distillation_loss, param_groups
 from ppnet.train.reference import kl_reference
-from ppnet.train.trainer import PuppetCallback, PuppetTrainer, PuppetTrainerMixin, default_arguments
+from ppnet.train.trainer import PuppetTrainer, PuppetTrainerMixin, default_arguments
 
 __all__ = [
     "Distillation",

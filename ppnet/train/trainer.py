@@ -1,4 +1,4 @@
-"""Training gates with Hugging Face trainers: a mixin that owns the objective, a callback that only adds the penalty."""
+"""Training gates with Hugging Face trainers: a mixin that owns the objective."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -20,7 +19,9 @@ from transformers import (
 from ppnet.checks import renamed
 from ppnet.errors import PPNetError, TrainingError
 from ppnet.families import is_decoder
+from ppnet.gates.draw import GATED, SMALLEST
 from ppnet.modes import evaluating
+from ppnet.train.callback import DIVERGED_ADVICE, PuppetCallback, refuse_distributed
 from ppnet.train.checkpoint_mixin import CheckpointMixin
 from ppnet.train.checkpointing import last_good_checkpoint
 from ppnet.train.data import TextBlocks
@@ -29,7 +30,6 @@ from ppnet.wrap import engine_of
 
 # Share of the steps.
 WARMUP = 0.03
-_DIVERGED_ADVICE = "lower the learning rate, lengthen the warm-up or set max_grad_norm, then resume from it"
 
 
 def default_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> TrainingArguments:
@@ -119,6 +119,8 @@ class PuppetTrainerMixin(CheckpointMixin):
                 f"model: gates do not work under nn.DataParallel ({self.args.n_gpu} GPUs in one process); start one "
                 "process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
+        if self.puppet is not None and self.puppet.config.sandwich:
+            refuse_sandwich(self.puppet, self.args)
         if self.args.world_size > 1 and self.puppet is not None:
             refuse_distributed(self.puppet, bool(self.args.gradient_checkpointing))
         self._micro_losses: list[Tensor] = []
@@ -142,6 +144,8 @@ class PuppetTrainerMixin(CheckpointMixin):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         puppet.progress = self.state.global_step
         puppet.clear()
+        if puppet.config.sandwich:
+            return self._sandwich(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         share = float(puppet.config.distill)
         # Before the gated pass: activation checkpointing recomputes that one with the gates that are bound last.
         gated = engine_of(puppet.root).fixed is not None or puppet.next_lambda() > 0
@@ -162,6 +166,38 @@ class PuppetTrainerMixin(CheckpointMixin):
         # The Trainer divides losses that are means over their micro-batch, not those already divided by all tokens.
         loss = loss + (penalty / micro_steps if scaled else penalty)
         self._record("nll", nll * (micro_steps if scaled else 1))
+        self._record("penalty", penalty)
+        return (loss, outputs) if return_outputs else loss
+
+    def _sandwich(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+        **kwargs: Any,
+    ) -> Any:
+        """Mean over a dense pass and `PuppetConfig.sandwich` gated ones that learn from it, plus the penalty."""
+        puppet, share = self.puppet, float(self.puppet.config.distill)
+        passes = puppet.config.sandwich
+        micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        scaled = self._loss_is_scaled(num_items_in_batch)
+        with puppet.dense():
+            nll, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
+        loss, teacher = nll, _logits(outputs)
+        self._record("nll", nll * (micro_steps if scaled else 1))
+        for number in range(1, passes + 1):
+            with puppet.drawing(SMALLEST if number == passes > 1 else GATED):
+                nll, gated = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
+            loss = loss + (1 - share) * nll
+            if share > 0 and teacher is not None:
+                divergence = self._distillation(inputs, gated, teacher.detach(), num_items_in_batch if scaled else None)
+                if scaled and num_items_in_batch is None:
+                    divergence = divergence / micro_steps
+                loss = loss + share * divergence
+                self._record("distillation_kl", divergence * (micro_steps if scaled else 1))
+        penalty = puppet.penalty().to(loss.device)
+        loss = loss / (1 + passes) + (penalty / micro_steps if scaled else penalty)
         self._record("penalty", penalty)
         return (loss, outputs) if return_outputs else loss
 
@@ -239,7 +275,7 @@ class PuppetTrainerMixin(CheckpointMixin):
         return TrainingError(
             f"training stopped at step {self.state.global_step + 1}: {what} (loss {loss:.6g}, loss of the step before "
             f"{self._last_loss:.6g}, learning rate {self._get_learning_rate():.4g}{lambda_}). The weights were not "
-            f"updated. Last good checkpoint: {last_good_checkpoint(self.args.output_dir)}; {_DIVERGED_ADVICE}."
+            f"updated. Last good checkpoint: {last_good_checkpoint(self.args.output_dir)}; {DIVERGED_ADVICE}."
         )
 
     # ---- optimizer, logs, checkpoints -----------------------------------------------------------------------------
@@ -293,92 +329,20 @@ class PuppetTrainer(PuppetTrainerMixin, Trainer):
     """`transformers.Trainer` with `PuppetTrainerMixin`. Arguments are the Trainer's; see `default_arguments`."""
 
 
-def refuse_distributed(puppet: Any, checkpointing: bool, callback: bool = False) -> None:
-    """Several processes: gates get a gradient only in passes with lambda > 0, and outside the forward through the prior
-    and the callback's penalty; DistributedDataParallel then fails in the middle of a step.
+def refuse_sandwich(puppet: Any, args: TrainingArguments) -> None:
+    """Several passes before one backward: activation checkpointing recomputes with the units bound last, and
+    DistributedDataParallel prepares for a backward at every forward.
 
     Raises:
-        TrainingError: a combination that is known to fail.
+        TrainingError: either is asked for.
     """
     for option, problem in (
-        ("gradient_checkpointing=True", checkpointing),
-        ('PuppetConfig(hierarchy="pooled")', puppet.config.hierarchy == "pooled"),
-        ("PuppetCallback", callback),
+        ("gradient_checkpointing=True", args.gradient_checkpointing),
+        (f"training on {args.world_size} processes", args.world_size > 1),
     ):
         if problem:
             raise TrainingError(
-                f"{option} does not work with gates on several processes; use PuppetTrainer with "
-                'gradient_checkpointing=False and hierarchy="independent" there, or one process.'
+                f"sandwich: PuppetConfig(sandwich={puppet.config.sandwich}) makes several passes before a backward, "
+                f"which {option} does not allow; use sandwich=0, or leave out activation checkpointing and the other "
+                "processes."
             )
-
-
-class PuppetCallback(TrainerCallback):
-    """Adds the gates' cost penalty to any trainer whose loss ppnet does not own (GRPO, DPO, ...).
-
-    The penalty does not need data, so its gradient is added once per optimizer step, after gradient clipping and
-    whatever the trainer's loss scaling: the mean over the step's draws, as with `PuppetTrainerMixin`. There is no
-    distillation. Build the optimizer from `param_groups`, since Hugging Face trainers would decay gates.
-
-    Args:
-        tokens: number of training tokens, which the hyperprior counts once against; None: measured from the first
-            example of a training dataset with ``input_ids``.
-
-    Raises:
-        TrainingError: the model has no gates, the tokens cannot be measured, or a gradient is NaN or infinite.
-    """
-
-    def __init__(self, tokens: int | None = None) -> None:
-        self.tokens = tokens
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        puppet = getattr(kwargs.get("model"), "puppet", None)
-        if puppet is None:
-            raise TrainingError(
-                "PuppetCallback: the model has no gates; call ppnet.wrap(model, config) before training."
-            )
-        if args.world_size > 1:
-            refuse_distributed(puppet, bool(args.gradient_checkpointing), callback=True)
-        self.puppet = puppet
-        puppet.set_tokens(self.tokens if self.tokens is not None else self._measure(args, state, kwargs))
-        puppet.clear()
-
-    @staticmethod
-    def _measure(args: TrainingArguments, state: Any, kwargs: Mapping[str, Any]) -> int:
-        dataset: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
-        try:
-            length = len(dataset[0]["input_ids"])
-        except (TypeError, KeyError, IndexError, NotImplementedError) as error:
-            raise TrainingError(
-                f"tokens: cannot be measured from a {type(dataset).__name__}; pass PuppetCallback(tokens=<training "
-                "tokens>)."
-            ) from error
-        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * state.max_steps
-        return length * sequences
-
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.puppet.progress = state.global_step
-        self.puppet.clear()
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        penalty = self.puppet.penalty()
-        if penalty.requires_grad:
-            penalty.backward()
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"training stopped at step {state.global_step + 1}: the gradient norm is {norm} (penalty "
-                f"{float(penalty):.6g}, learning rate {kwargs['optimizer'].param_groups[0]['lr']:.4g}, lambda "
-                f"{self.puppet.last_lambda:.4g}). The weights were not updated. Last good checkpoint: "
-                f"{last_good_checkpoint(str(args.output_dir))}; {_DIVERGED_ADVICE}."
-            )
-
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        mark_updated(kwargs["model"])
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs") or {}
-        if "loss" in logs:
-            metrics = self.puppet.metrics()
-            logs.update(metrics)
-            state.log_history[-1].update(metrics)

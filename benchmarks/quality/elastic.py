@@ -1,0 +1,389 @@
+"""Elasticity: what a model of every size costs in quality, against models trained for that size alone.
+
+Anchors of equal tokens: "dense" is the model without gates; "alone" are dense models of every size, trained by
+themselves; "paper" is the published scheme to the letter; "matformer" and "sandwich" train prefixes without gates;
+"activation", "mama", ... cut the dense model in one shot. The retrofit regime begins at the dense model and trains on
+for a fifth of its tokens; "longer" is the dense model trained on as long without gates, "... healed" the one-shot cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import masks
+import text
+import torch
+from elastic_table import plot, table
+from low_rank import freeze, low_rank
+from nested import NestedTrainer, first_units
+from store import Rows, read
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers.trainer_callback import PrinterCallback
+from variants import RUNS, Variant
+
+import ppnet
+from ppnet.cost import cost_model
+from ppnet.evaluate import perplexity
+from ppnet.families import structure_of
+from ppnet.train import PuppetTrainer, default_arguments, param_groups
+from ppnet.wrap import engine_of, is_wrapped
+
+FRACTIONS = (1.0, 0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.057)
+SMALLEST = FRACTIONS[-1]
+RANK = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A model and its training: tokens per step = batch * length.
+
+    Attributes:
+        text: `text.load`.
+        retrofit_steps: of the phase that begins at the dense model.
+        lr, retrofit_lr: peak learning rates of the weights; warm-up, then a cosine to a tenth.
+        gate_lr: peak learning rate of the gates.
+        calibration: blocks of training text that scores and redistribution see.
+    """
+
+    text: str = "stories"
+    width: int = 128
+    neurons: int = 512
+    layers: int = 4
+    heads: int = 8
+    length: int = 128
+    batch: int = 8
+    steps: int = 600
+    retrofit_steps: int = 120
+    warmup: int = 20
+    lr: float = 3e-3
+    retrofit_lr: float = 1e-3
+    gate_lr: float = 0.05
+    calibration: int = 96
+
+
+SUBJECTS = {"tiny": Recipe(), "library": Recipe(text="library"), "5M": Recipe(width=256, neurons=832, layers=6)}
+
+
+def new_model(recipe: Recipe, vocabulary: int, seed: int, heads: int | None = None, neurons: int | None = None) -> Any:
+    """A randomly initialised Llama, or one of fewer heads and neurons."""
+    torch.manual_seed(seed)
+    heads = recipe.heads if heads is None else heads
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=recipe.width, intermediate_size=neurons or recipe.neurons,
+        num_hidden_layers=recipe.layers, num_attention_heads=heads, num_key_value_heads=heads,
+        head_dim=recipe.width // recipe.heads, max_position_embeddings=2 * recipe.length, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+
+
+def widths(recipe: Recipe, fraction: float) -> tuple[int, int]:
+    """Heads and neurons of a dense model with that fraction of the gated FLOPs, both kinds to the same share."""
+    head, neuron = 4 * recipe.width // recipe.heads, 3  # matrices of the model's width each
+    budget = fraction * (recipe.heads * head + recipe.neurons * neuron)
+    # A Llama is as wide as a whole number of heads times anything.
+    allowed = [heads for heads in range(1, recipe.heads + 1) if recipe.width % heads == 0]
+    heads = min(allowed, key=lambda heads: abs(heads - fraction * recipe.heads))
+    return heads, max(1, round((budget - heads * head) / neuron))
+
+
+class Meter:
+    """Training FLOPs of linear layers, counted at every forward: backward costs twice the forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.flops, self.model = 0.0, model
+        self.costs = cost_model(model, model.puppet.structure if is_wrapped(model) else structure_of(model))
+        self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tokens = (args[0] if args else kwargs["input_ids"]).numel()
+        flops, extra = self.costs.dense.flops, 0.0
+        if is_wrapped(self.model):
+            engine = engine_of(self.model)
+            kept = [
+                site.units if active is None else len(active.computed)
+                for site, active in zip(engine.sites, engine.active, strict=True)
+            ]
+            flops = self.costs.total(kept).flops
+            if any(active is not None and active.dropped is not None for active in engine.active):
+                config = engine.puppet.config
+                share = config.sampled_fraction if config.gate_gradient == "sampled" else 1.0
+                extra = share * (self.costs.dense.flops - flops)
+        self.flops += tokens * (3 * flops + extra if torch.is_grad_enabled() else flops)
+
+
+def schedule(steps: int, warmup: int, start: int = 0) -> Callable[[int], float]:
+    """Warm-up from `start`, then the rest of one cosine over `steps` steps, to a tenth."""
+
+    def factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / warmup)
+        return warm * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(1.0, (start + step) / steps))))
+
+    return factor
+
+
+class Study:
+    """One recipe and seed; rows that are in the file already are not made again, nor are trained models."""
+
+    def __init__(self, name: str, rows: Rows, folder: Path, seed: int) -> None:
+        self.recipe, self.rows, self.seed = SUBJECTS[name], rows, seed
+        self.folder = folder / f"elastic-{name}"
+        self.text = text.load(self.recipe.text, self.recipe.length)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def phase(self, model: Any, name: str, first: int, steps: int, lr: float, factor: Any, kind: Any = Trainer,
+              gate_lr: float | None = None, **options: Any) -> dict[str, float]:  # fmt: skip
+        """Trains on the blocks of steps `first` and on; returns what it took."""
+        recipe = self.recipe
+        blocks = self.text.blocks(self.seed, first * recipe.batch, steps * recipe.batch)
+        groups = param_groups(model.train(), lr, gate_lr or recipe.gate_lr)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        meter = Meter(model)
+        with tempfile.TemporaryDirectory() as log:
+            trainer = kind(
+                model=model, train_dataset=blocks, optimizers=(optimizer, LambdaLR(optimizer, factor)),
+                args=default_arguments(
+                    log, per_device_train_batch_size=recipe.batch, max_steps=steps, save_strategy="no",
+                    logging_steps=max(1, steps // 4), disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+                    seed=self.seed, train_sampling_strategy="sequential",
+                ),
+                **options,
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)
+            start = time.perf_counter()
+            trainer.train()
+        meter.handle.remove()
+        model.eval()
+        taken = {
+            "seconds": time.perf_counter() - start,
+            "flops": meter.flops,
+            "tokens": steps * recipe.batch * recipe.length,
+        }
+        losses = [round(log["loss"], 3) for log in trainer.state.log_history if "loss" in log]
+        print(f"{name}, seed {self.seed}: {steps} steps in {taken['seconds']:.0f} s, losses {losses}", flush=True)
+        return taken
+
+    def trained(self, name: str, make: Callable[[], tuple[Any, dict[str, float]]], **key: Any) -> Any:
+        """A trained model, kept in its folder; what training took becomes a row."""
+        folder = self.folder / f"{name.replace(' ', '-')}-{self.seed}"
+        if not (folder / "config.json").exists():
+            start = time.perf_counter()
+            model, taken = make()
+            ppnet.save(model, folder)
+            taken = {f"training_{unit}": value for unit, value in taken.items()}
+            self.rows.add(start, {"run": name, "seed": self.seed, "what": "training", **key}, **taken)
+        return ppnet.load(folder).eval()
+
+    def taken(self, name: str) -> dict[str, float]:
+        """What training took, from its row."""
+        (row,) = self.rows.select(run=name, seed=self.seed, what="training")
+        return {unit: row[f"training_{unit}"] for unit in ("seconds", "flops", "tokens")}
+
+    def dense(self) -> Any:
+        return self.first_steps(self.recipe.steps, "dense")
+
+    def first_steps(self, steps: int, name: str | None = None) -> Any:
+        """The model without gates after so many steps of the whole schedule."""
+        name = name or f"first {steps}"
+
+        def make() -> Any:
+            recipe = self.recipe
+            model = new_model(recipe, len(self.text.tokenizer), self.seed)
+            return model, self.phase(model, name, 0, steps, recipe.lr, schedule(recipe.steps, recipe.warmup))
+
+        return self.trained(name, make)
+
+    def train_on(
+        self, model: Any, name: str, kind: Any = Trainer, lr: float | None = None, gate_lr: float | None = None
+    ) -> dict[str, float]:
+        """The retrofit phase: from the dense model on."""
+        recipe = self.recipe
+        return self.phase(
+            model, name, recipe.steps, recipe.retrofit_steps, lr or recipe.retrofit_lr,
+            schedule(recipe.retrofit_steps, recipe.warmup // 2), kind, gate_lr,
+        )  # fmt: skip
+
+    def elastic(self, name: str, variant: Variant) -> Any:
+        """Gates: on the dense model (retrofit), or after the variant's share of the dense steps (scratch)."""
+
+        def make() -> Any:
+            recipe = self.recipe
+            if variant.regime == "retrofit":
+                model = self.wrap(self.dense(), variant)
+                if variant.trains == "gates":
+                    freeze(model)
+                with low_rank(model, RANK) if variant.trains == "lora" else nullcontext():
+                    lr = variant.lr * recipe.retrofit_lr
+                    return model, self.train_on(model, name, PuppetTrainer, lr, variant.gate_lr)
+            first, taken = round(variant.dense_share * recipe.steps), dict.fromkeys(("seconds", "flops", "tokens"), 0.0)
+            if first:
+                model = self.first_steps(first)
+                taken = self.taken(f"first {first}")
+            else:
+                model = new_model(recipe, len(self.text.tokenizer), self.seed)
+            rest = self.phase(
+                self.wrap(model, variant), name, first, recipe.steps - first, recipe.lr,
+                schedule(recipe.steps, recipe.warmup, first), PuppetTrainer, variant.gate_lr,
+            )  # fmt: skip
+            return model, {unit: taken[unit] + rest[unit] for unit in taken}
+
+        return self.trained(name, make)
+
+    def wrap(self, model: Any, variant: Variant) -> Any:
+        scores = self.scores(model, variant.scores) if variant.scores else None
+        config = ppnet.PuppetConfig(**{"seed": self.seed, "smallest_size": SMALLEST, **variant.options})
+        ppnet.wrap(model, config, scores=scores)
+        return model
+
+    # ---- measuring ---------------------------------------------------------------------------------------------------
+
+    def nll(self, model: Any) -> float:
+        found = perplexity(model, None, self.text.valid, window=self.recipe.length, batch_size=16, progress=False)
+        return found.nll
+
+    def row(self, name: str, fraction: float, make: Callable[[], Any], **key: Any) -> None:
+        key = {"run": name, "seed": self.seed, "fraction": fraction, **key}
+        if not self.rows.done(**key):
+            start = time.perf_counter()
+            model = make()
+            self.rows.add(start, key, value=self.nll(model), params=model.num_parameters())
+
+    def sizes(self, name: str, model: Any, plan: Callable[[Any, float], ppnet.Plan] | None = None) -> None:
+        """A gated model at every fraction, in place."""
+        for fraction in FRACTIONS:
+
+            def resized(fraction: float = fraction) -> Any:
+                if plan is not None:
+                    ppnet.resize(model, plan(model, fraction))
+                else:
+                    ppnet.resize(model, fraction, metric="flops", of="gated")
+                return model
+
+            self.row(name, fraction, resized)
+        ppnet.resize(model, 1.0)
+
+    def calibration(self) -> list[dict[str, torch.Tensor]]:
+        blocks = self.text.blocks(self.seed + 500, 0, self.recipe.calibration)
+        ids = torch.stack([block["input_ids"] for block in blocks])
+        return [{"input_ids": part, "labels": part} for part in ids.split(8)]
+
+    def scores(self, model: Any, method: str) -> ppnet.Scores:
+        return ppnet.score(model, self.calibration(), method=method, seed=self.seed, max_tokens=None, progress=False)
+
+    # ---- runs --------------------------------------------------------------------------------------------------------
+
+    def run(self, name: str) -> None:
+        variant = RUNS[name]
+        if isinstance(variant, Variant):
+            if not self.done(name, FRACTIONS):
+                self.sizes(name, self.elastic(name, variant))
+        else:
+            getattr(self, variant[0])(name, *variant[1:])
+
+    def done(self, name: str, fractions: tuple[float, ...]) -> bool:
+        return all(self.rows.done(run=name, seed=self.seed, fraction=fraction) for fraction in fractions)
+
+    def run_dense(self, name: str) -> None:
+        self.row(name, 1.0, self.dense)
+
+    def run_longer(self, name: str) -> None:
+        def make() -> Any:
+            model = self.dense()
+            return model, self.train_on(model, name)
+
+        self.row(name, 1.0, lambda: self.trained(name, make))
+
+    def run_alone(self, name: str) -> None:
+        recipe = self.recipe
+        self.row(name, 1.0, self.dense)
+        for fraction in FRACTIONS[1:]:
+
+            def make(fraction: float = fraction) -> Any:
+                model = new_model(recipe, len(self.text.tokenizer), self.seed, *widths(recipe, fraction))
+                taken = self.phase(
+                    model, f"alone at {fraction}", 0, recipe.steps, recipe.lr, schedule(recipe.steps, recipe.warmup)
+                )
+                return model, taken
+
+            self.row(
+                name,
+                fraction,
+                lambda fraction=fraction, make=make: self.trained(f"alone {fraction}", make, part_of=name),
+            )
+
+    def run_nested(self, name: str, rule: str) -> None:
+        if self.done(name, FRACTIONS):
+            return
+
+        def make() -> Any:
+            recipe = self.recipe
+            model = new_model(recipe, len(self.text.tokenizer), self.seed)
+            ppnet.wrap(model, ppnet.PuppetConfig(amplitudes=False, seed=self.seed))
+            taken = self.phase(
+                model, name, 0, recipe.steps, recipe.lr, schedule(recipe.steps, recipe.warmup), kind=NestedTrainer,
+                rule=rule, smallest=SMALLEST,
+            )  # fmt: skip
+            engine_of(model).fix(None)
+            return model, taken
+
+        self.sizes(name, self.trained(name, make), first_units)
+
+    def run_cut(self, name: str, method: str, healed: bool) -> None:
+        if self.done(name, FRACTIONS[1:]):
+            return
+        model = self.dense()
+        scores, data = self.scores(model, method), self.calibration()
+        for fraction in FRACTIONS[1:]:
+
+            def make(fraction: float = fraction) -> Any:
+                plan = ppnet.plan(model, fraction, metric="flops", of="gated", scores=scores)
+                small = ppnet.compact(model, plan, redistribute=data, check=False)
+                if healed:
+                    blocks = self.text.blocks(
+                        self.seed, self.recipe.steps * self.recipe.batch, self.recipe.retrofit_steps * self.recipe.batch
+                    )
+                    ppnet.heal(
+                        small, model, torch.stack([block["input_ids"] for block in blocks]),
+                        steps=self.recipe.retrofit_steps, learning_rate=self.recipe.retrofit_lr,
+                        batch_size=self.recipe.batch, seed=self.seed, progress=False,
+                    )  # fmt: skip
+                return small.eval()
+
+            self.row(name, fraction, make)
+
+    def run_masks(self, name: str) -> None:
+        model, data = self.dense(), self.calibration()
+        for fraction in FRACTIONS[1:]:
+            self.row(name, fraction, lambda fraction=fraction: masks.masked(model, data, name, 1 - fraction))
+
+
+def main(options: Any) -> None:
+    for subject in options.subjects:
+        recipe = {"study": "elastic", "subject": subject, **dataclasses.asdict(SUBJECTS[subject])}
+        rows = Rows(options.out / f"elastic-{subject}.jsonl", recipe)
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            study = Study(subject, rows, options.models, seed)
+            for name in options.runs:
+                study.run(name)
+
+
+def tabulate(options: Any) -> None:
+    parts = []
+    for subject in options.subjects:
+        path = options.out / f"elastic-{subject}.jsonl"
+        if path.exists():
+            recipe, rows = read(path)
+            parts.append(table(recipe, rows, FRACTIONS))
+            plot(recipe, rows, FRACTIONS, options.out / f"elastic-{subject}.png")
+    text_ = "\n".join(["# Elasticity", "", "Written by `python benchmarks/quality elastic --table`.", "", *parts])
+    (options.out / "elastic.md").write_text(text_)
+    print(text_)

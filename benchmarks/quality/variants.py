@@ -1,0 +1,84 @@
+"""Runs of the study "elastic": anchors, and gate training by its options, one lever at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train gates.
+
+    Attributes:
+        regime: ``"scratch"`` (the dense model's tokens in all) or ``"retrofit"`` (from the dense model on).
+        options: of `ppnet.PuppetConfig`.
+        dense_share: of the steps, before the gates are attached (scratch).
+        scores: the method whose scores are the importance; None: the config's.
+        gate_lr: None: the recipe's.
+        trains: ``"all"``, ``"gates"`` alone, or ``"lora"``: gates and low-rank changes of the gated matrices.
+        lr: times the recipe's rate (retrofit).
+    """
+
+    regime: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dense_share: float = 0.6
+    scores: str | None = None
+    gate_lr: float | None = None
+    trains: str = "all"
+    lr: float = 1.0
+
+
+def retrofit(scores: str | None = None, lr: float = 1.0, trains: str = "all", **options: Any) -> Variant:
+    return Variant("retrofit", options, scores=scores, lr=lr, trains=trains)
+
+
+def scratch(dense_share: float, scores: str | None = None, **options: Any) -> Variant:
+    return Variant("scratch", options, dense_share, scores=scores)
+
+
+ANCHORS: dict[str, Any] = {
+    "dense": ("run_dense",),
+    "alone": ("run_alone",),
+    "longer": ("run_longer",),
+    "paper": Variant("scratch", {"preset": "paper", "gate_gradient": "exact"}, 0.0, gate_lr=3e-3),
+    "matformer": ("run_nested", "matformer"),
+    "sandwich": ("run_nested", "sandwich"),
+    "wanda": ("run_masks",),
+    "sparsegpt": ("run_masks",),
+    **{method: ("run_cut", method, False) for method in ("magnitude", "activation", "mama")},
+    **{f"{method} healed": ("run_cut", method, True) for method in ("magnitude", "activation", "mama")},
+}
+PREFIX = {"prefix_fraction": 1.0}
+VARIANTS: dict[str, Any] = {
+    # What a unit's importance is.
+    "retrofit": retrofit(),
+    "retrofit mama": retrofit("mama"),
+    "retrofit activation": retrofit("activation"),
+    # How masks and sizes are drawn.
+    "retrofit prefix": retrofit("mama", **PREFIX),
+    "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
+    "retrofit prefix log": retrofit("mama", **PREFIX, lambda_distribution="log_size"),
+    "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
+    # How many passes a step has.
+    "retrofit sandwich": retrofit("mama", sandwich=1),
+    "retrofit prefix sandwich": retrofit("mama", **PREFIX, sandwich=1),
+    "retrofit prefix sandwich 2": retrofit("mama", **PREFIX, sandwich=2),
+    # What the gated passes learn from, and how fast.
+    "retrofit prefix distill 0": retrofit("mama", **PREFIX, distill=0.0),
+    "retrofit prefix distill 1": retrofit("mama", **PREFIX, distill=1.0),
+    "retrofit prefix lr x2": retrofit("mama", lr=2.0, **PREFIX),
+    "retrofit prefix no amplitudes": retrofit("mama", **PREFIX, amplitudes=False),
+    "retrofit prefix exact": retrofit("mama", **PREFIX, gate_gradient="exact"),
+    "retrofit prefix cold": retrofit("mama", **PREFIX, temperature=0.25),
+    # What learns.
+    "retrofit gates alone": retrofit("mama", trains="gates", **PREFIX),
+    "retrofit lora": retrofit("mama", trains="lora", **PREFIX),
+    # From scratch.
+    "scratch": scratch(0.6),
+    "scratch prefix": scratch(0.6, "mama", **PREFIX),
+    "scratch prefix 0.4": scratch(0.4, "mama", **PREFIX),
+    "scratch prefix log": scratch(0.6, "mama", **PREFIX, lambda_distribution="log_size"),
+    "scratch prefix sandwich": scratch(0.6, "mama", **PREFIX, sandwich=1),
+}
+RUNS = ANCHORS | VARIANTS

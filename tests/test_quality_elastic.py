@@ -1,0 +1,140 @@
+"""benchmarks/quality elastic: anchors of the asked cost, training that is counted, studies that go on after a kill."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny, token_ids
+
+import ppnet
+from ppnet.cost import cost_model
+from ppnet.families import structure_of
+from ppnet.wrap import engine_of, wrap
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
+
+
+class Tokenizer:
+    def __len__(self):
+        return 96
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """A study of a model of 2 layers, 6 steps long, on random tokens."""
+    import elastic
+    import text
+    from store import Rows
+
+    recipe = elastic.Recipe(width=32, neurons=96, layers=2, heads=8, length=16, batch=4, steps=6, retrofit_steps=3,
+                            warmup=2, calibration=8)  # fmt: skip
+    ids = token_ids(batch=70, length=16)
+    monkeypatch.setitem(elastic.SUBJECTS, "tiny", recipe)
+    monkeypatch.setattr(elastic.text, "load", lambda name, length: text.Text(Tokenizer(), ids[:64], ids[64:]))
+    rows = Rows(tmp_path / "elastic-tiny.jsonl", {"subject": "tiny"})
+    return lambda: elastic.Study("tiny", Rows(rows.path, {"subject": "tiny"}), tmp_path / "models", 0)
+
+
+def test_blocks_go_through_every_epoch_once():
+    from text import Text
+
+    ids = torch.arange(10).view(10, 1).repeat(1, 4)
+    data = Text(None, ids, ids)
+    seen = [int(block["input_ids"][0]) for block in data.blocks(3, 0, 25)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    assert [int(block["input_ids"][0]) for block in data.blocks(3, 7, 12)] == seen[7:19]
+
+
+def test_a_model_alone_costs_its_fraction():
+    import elastic
+
+    recipe = elastic.SUBJECTS["tiny"]
+    whole = elastic.new_model(recipe, 512, 0)
+    gated = cost_model(whole, structure_of(whole)).dense.flops - fixed(whole)
+    for fraction in elastic.FRACTIONS:
+        small = elastic.new_model(recipe, 512, 0, *elastic.widths(recipe, fraction))
+        own = cost_model(small, structure_of(small)).dense.flops - fixed(whole)
+        neuron = 3 / (4 * recipe.width + 3 * recipe.neurons)
+        assert own / gated == pytest.approx(fraction, abs=0.51 * neuron)
+
+
+def fixed(model):
+    structure = structure_of(model)
+    return cost_model(model, structure).total([0] * len(structure.sites)).flops
+
+
+def test_training_flops_are_those_of_the_kept_units():
+    import elastic
+
+    model = wrap(tiny("llama"), ppnet.PuppetConfig(dense_fraction=0.0, gate_gradient="exact")).train()
+    meter, ids = elastic.Meter(model), token_ids(batch=2, length=8)
+    kept = []
+    handle = model.register_forward_pre_hook(lambda *_: kept.extend(len(a.computed) for a in engine_of(model).active))
+    model(ids)
+    handle.remove()
+    costs = cost_model(model, model.puppet.structure)
+    drawn = 16 * (3 * costs.total(kept).flops + costs.dense.flops - costs.total(kept).flops)
+    assert meter.flops == pytest.approx(drawn)
+    with model.puppet.dense(), torch.no_grad():
+        model(ids)
+    assert meter.flops == pytest.approx(drawn + 16 * costs.dense.flops)
+
+
+def test_prefixes_are_the_first_units_of_every_layer(study):
+    import nested
+
+    model = tiny("llama")
+    plan = nested.first_units(model, 0.5)
+    assert all(units == list(range(len(units))) for units in plan.kept.values())
+    sites = {site.name: site.units for site in structure_of(model).sites}
+    assert all(0.2 < len(units) / sites[name] < 0.8 for name, units in plan.kept.items())
+
+
+def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
+    import elastic
+    from elastic_table import plot, table
+    from store import read
+
+    names = ["dense", "alone", "longer", "matformer", "sandwich", "mama", "mama healed", "sparsegpt",
+             "paper", "retrofit prefix sandwich", "retrofit lora", "retrofit gates alone", "scratch"]  # fmt: skip
+    for name in names:
+        study().run(name)
+    recipe, rows = read(tmp_path / "elastic-tiny.jsonl")
+    before = (tmp_path / "elastic-tiny.jsonl").read_text()
+    for name in names:
+        study().run(name)
+    assert (tmp_path / "elastic-tiny.jsonl").read_text() == before
+    for name in names[3:]:
+        sizes = {row["fraction"] for row in rows if row["run"] == name and "fraction" in row}
+        assert sizes >= set(elastic.FRACTIONS[1:]), name
+    assert all(math.isfinite(row["value"]) for row in rows if "fraction" in row)
+    taken = {row["run"]: row for row in rows if row.get("what") == "training"}
+    assert taken["retrofit prefix sandwich"]["training_tokens"] == 3 * 4 * 16
+    assert taken["scratch"]["training_tokens"] == taken["dense"]["training_tokens"] == 6 * 4 * 16
+    assert taken["alone 0.3"]["training_flops"] < 0.8 * taken["dense"]["training_flops"]
+    assert taken["sandwich"]["training_flops"] > 1.5 * taken["dense"]["training_flops"]
+    ungated = next(row["value"] for row in rows if row["run"] == "dense" and row.get("fraction") == 1.0)
+    retrofit = next(row for row in rows if row["run"] == "longer" and "fraction" in row)
+    assert retrofit["value"] != ungated
+    recipe |= {
+        name: 1 for name in ("width", "neurons", "layers", "heads", "steps", "batch", "length", "retrofit_steps")
+    }
+    text = table(recipe, rows, elastic.FRACTIONS)
+    assert "| alone (1) |" in text and "| mama healed (1) |" in text and "| sandwich (1) |" in text
+    plot(recipe, rows, elastic.FRACTIONS, tmp_path / "elastic.png")
+    assert (tmp_path / "elastic.png").stat().st_size > 10_000
+
+
+def test_the_area_is_that_of_the_curve():
+    from elastic_table import area
+
+    assert area({1.0: 1.5, 0.1: 1.5}) == pytest.approx(1.5)
+    assert area({1.0: 1.0, 0.1: 2.0, 0.01: 3.0}) == pytest.approx(2.0)
