@@ -17,6 +17,7 @@ from ppnet.inspect import inspect
 from ppnet.plan import Plan
 from ppnet.shipped import register
 from ppnet.size import plan, resize, size_curve
+from ppnet.sort import sort_
 from ppnet.wrap import unwrap, wrap
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ __all__ = [
     "score_methods",
     "scores",
     "size_curve",
+    "sort_",
     "unwrap",
     "wrap",
 ]

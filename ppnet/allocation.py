@@ -140,6 +140,11 @@ def score_keys(scores: Mapping[str, Any], structure: Structure, known: Collectio
             f"scores: were made for model_type {made_for!r}, the model is {structure.model_type!r}; score this model "
             "with ppnet.score(model, data)."
         )
+    if getattr(scores, "order", structure.order) != structure.order:
+        raise PlanError(
+            "scores: ppnet.sort_ has put the model's units into another order since they were scored; score this model "
+            'with ppnet.score(model, data), or give scores="position" to rank its units as they are sorted.'
+        )
     strangers = sorted(map(str, scores.keys() - {site.name for site in structure.sites} - set(known)))
     if strangers:
         raise PlanError(f"scores: {strangers[:3]} are no sites of this model; ppnet.inspect(model) lists them.")

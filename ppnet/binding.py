@@ -24,19 +24,21 @@ class Binding:
     Not part of the module's state: a deep copy starts unbound (bound tensors carry autograd graphs).
 
     Attributes:
-        weight, bias: bound in place of the leaf's own.
+        weight, bias: bound in place of the leaf's own; with one axis more, the blocks of a fused producer.
+        scale: ``(K,)`` factors of the leaf's input, float32 or float64, where they are not folded into `weight`.
         kept: with its own weights: the features that are computed, or None for all.
         decode: whether the leaf's own weights go through the decode operators where these apply.
         by_input: whether the units are inputs of the leaf.
         features: dense number of features of the leaf's output.
     """
 
-    __slots__ = ("bias", "by_input", "capture", "decode", "features", "kept", "weight")
+    __slots__ = ("bias", "by_input", "capture", "decode", "features", "kept", "scale", "weight")
 
     def __init__(self, features: int, by_input: bool) -> None:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.kept: Kept | None = None
+        self.scale: Tensor | None = None
         self.features, self.by_input = features, by_input
         self.decode = False
         self.capture: list[Tensor] | None = None
@@ -56,14 +58,25 @@ class Binding:
         """Whether the leaf does something else than a product with its own weights."""
         return self.weight is not None or self.capture is not None
 
-    def set(self, weight: Tensor | None, bias: Tensor | None, kept: Kept | None = None) -> None:
-        self.weight, self.bias, self.kept = weight, bias, kept
+    def set(
+        self, weight: Tensor | None, bias: Tensor | None, kept: Kept | None = None, scale: Tensor | None = None
+    ) -> None:
+        self.weight, self.bias, self.kept, self.scale = weight, bias, kept, scale
+
+    def bound(self) -> tuple[Tensor | None, Tensor | None, Kept | None, Tensor | None]:
+        """What `set` was given."""
+        return self.weight, self.bias, self.kept, self.scale
 
     def run(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The leaf's output for its own weight ``(out, in)`` and bias."""
+        """The leaf's output for a weight ``(out, in)`` and bias, or for blocks ``(blocks, out, in)`` of such."""
         if self.capture is not None:
             self.capture.append(input)
             return input.new_zeros((*input.shape[:-1], self.features))
+        if weight.dim() == 3:
+            biases = [None] * len(weight) if bias is None else bias.unbind()
+            return torch.cat([self.run(input, w, b) for w, b in zip(weight.unbind(), biases, strict=True)], dim=-1)
+        if self.scale is not None:
+            input = (input * self.scale).to(input.dtype)  # rounded once, as weights are that it is folded into
         if transformed() and self.kept is None:
             return nn.functional.linear(input, weight, bias)
         if self.decode and self.weight is None:
@@ -94,7 +107,7 @@ def conv1d_forward(self: GatedLeaf, input: Tensor) -> Tensor:
     binding = self._ppnet_binding
     if binding.weight is None:
         return binding.run(input, self.weight.t(), self.bias)
-    return binding.run(input, binding.weight.t(), binding.bias)
+    return binding.run(input, binding.weight.mT, binding.bias)
 
 
 def feature_gate(leaf: Leaf, weight: Tensor, gate: Tensor | None) -> Tensor | None:
@@ -144,6 +157,41 @@ def gather_site(
                 bias = next(gathered)
         result[leaf.name] = (weight, bias)
     return result
+
+
+Bound = tuple[Tensor, Tensor | None, None, Tensor | None]
+
+
+def view_site(model: nn.Module, site: Site, units: int, gate: Tensor | None) -> dict[str, Bound] | None:
+    """Weights and biases of a site's first units, as views: leaf name -> arguments of `Binding.set`. No gradients.
+
+    Args:
+        units: K, how many.
+        gate: ``(K,)`` factors of the units' outputs, which then scale what enters the consumer; None: 1.
+
+    Returns:
+        None where the units of a leaf do not follow one another, so that no view holds the first ones.
+    """
+    if not all(leaf.consecutive for leaf in site.leaves):
+        return None
+    result: dict[str, Bound] = {}
+    for leaf in site.leaves:
+        module = leaf_module(model, leaf)
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        if units < site.units:
+            weight = _first(weight, leaf, leaf.weight_dim, units)
+            bias = bias if bias is None or leaf.role == "out" else _first(bias, leaf, 0, units)
+        result[leaf.name] = (weight, bias, None, feature_gate(leaf, weight, gate))
+    return result
+
+
+def _first(tensor: Tensor, leaf: Leaf, dim: int, units: int) -> Tensor:
+    """The first units' features along `dim`: a view, with the blocks of a fused producer as its first axis."""
+    blocks = len(leaf.blocks)
+    features = units * leaf.features_per_unit // blocks
+    if blocks == 1:
+        return tensor.narrow(dim, 0, features)
+    return tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, 0, features).movedim(dim, 0)
 
 
 def patch_leaf(module: nn.Linear | Conv1D, by_input: bool) -> Binding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ FORMAT = "ppnet.plan/1"
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept units of every site.
+    """Kept units of every site. A plan is a value: what it holds is not to be changed.
 
     Attributes:
         model_type: `config.model_type` of the model the plan was made for.
@@ -32,6 +33,7 @@ class Plan:
             plans made without gates.
         source: what ranked the units: ``gates``, the method of scores, or a caller's word.
         extra: of a metric that is not in `cost`: the size ``achieved``, that of ``dense``, and how they were read.
+        order: the order that `ppnet.sort_` had put the model's units into ("": none), which the indices refer to.
     """
 
     model_type: str
@@ -44,6 +46,7 @@ class Plan:
     u: float = 0.0
     source: str = "gates"
     extra: dict[str, Any] = field(default_factory=dict)
+    order: str = ""
 
     @property
     def lambda_(self) -> float:
@@ -67,11 +70,36 @@ class Plan:
     def is_dense(self) -> bool:
         return all(len(self.kept[name]) == units for name, units in self.dense_units.items())
 
+    @cached_property
+    def _prefixes(self) -> dict[str, int]:
+        """Sites that keep exactly their first units -> how many: looked for once, as lists of thousands take long."""
+        return {name: len(kept) for name, kept in self.kept.items() if kept == list(range(len(kept)))}
+
+    def prefix(self, name: str) -> int | None:
+        """How many units of a site stay, if these are its first ones, as in a sorted model (`ppnet.sort_`)."""
+        kept = self.kept[name]
+        first = self._prefixes.get(name)
+        return first if first and first == len(kept) == kept[-1] + 1 else None
+
+    def check_order(self, structure: Structure) -> None:
+        """Checks that indices mean the same units in the plan and in the model.
+
+        Raises:
+            PlanError: `ppnet.sort_` has put the units into another order in between.
+        """
+        if self.order != structure.order:
+            raise PlanError(
+                f"plan: was made for units in {_order_in_words(self.order)}, those of the model are in "
+                f"{_order_in_words(structure.order)} (ppnet.sort_), so its indices name other units; make a plan for "
+                "this model with ppnet.plan(model, size)."
+            )
+
     def check(self, structure: Structure) -> None:
         """Checks that the plan fits the structure.
 
         Raises:
-            PlanError: another model type, other sites or widths, indices not sorted and unique, or an empty site.
+            PlanError: another model type, other sites or widths, another order of the units, indices not sorted and
+                unique, or an empty site.
         """
         if self.model_type != structure.model_type:
             raise PlanError(
@@ -82,6 +110,7 @@ class Plan:
         if self.dense_units != expected:
             odd = sorted(set(self.dense_units.items()) ^ set(expected.items()))[:3]
             raise PlanError(f"plan: its dense widths differ from the model's, first at {odd}; make a new plan.")
+        self.check_order(structure)
         strangers = sorted(self.kept.keys() - expected.keys())
         if strangers:
             raise PlanError(f"plan: keeps units of {strangers[:3]}, which the model does not have; make a new plan.")
@@ -89,6 +118,9 @@ class Plan:
             kept = self.kept.get(name)
             if not kept:
                 raise PlanError(f"plan: keeps no unit of {name}; at least one unit of every site must stay.")
+            first = self.prefix(name)
+            if first and first <= units:
+                continue
             if kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= units:
                 raise PlanError(f"plan: {name} must hold sorted, unique indices in [0, {units}); got {kept[:8]}...")
 
@@ -105,6 +137,7 @@ class Plan:
             "dense_units": self.dense_units,
             "kept": self.kept,
             **({"extra": self.extra} if self.extra else {}),
+            **({"order": self.order} if self.order else {}),
         }
 
     def to_json(self) -> str:
@@ -132,6 +165,7 @@ class Plan:
                 u=float(data["u"]),
                 source=data["source"],
                 extra=data.get("extra", {}),
+                order=str(data.get("order", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"plan: incomplete or damaged: {error!r}.") from error
@@ -159,5 +193,10 @@ def make_plan(structure: Structure, kept: Sequence[Sequence[int]], **fields: Any
         model_type=structure.model_type,
         kept={site.name: sorted(int(i) for i in units) for site, units in zip(structure.sites, kept, strict=True)},
         dense_units={site.name: site.units for site in structure.sites},
+        order=structure.order,
         **fields,
     )
+
+
+def _order_in_words(order: str) -> str:
+    return f"order {order}" if order else "their first order"

@@ -130,6 +130,19 @@ def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
     return 0.5 * sum(bracket(expected, target, high=1.0, steps=30))
 
 
+def unit_keys(model: nn.Module, structure: Structure, scores: Any) -> tuple[list[Tensor], str]:
+    """What ranks the units of every site, as float64 (U,), higher stays, and its origin, as `plan` takes them.
+
+    Raises:
+        PlanError, CheckpointError: as `plan`.
+    """
+    if scores is not None:
+        return _score_keys(model, structure, scores)
+    if is_wrapped(model):
+        return _gate_keys(engine_of(model).puppet), "gates"
+    raise unranked(model)
+
+
 def plan(
     model: nn.Module,
     size: Size,
@@ -151,10 +164,10 @@ def plan(
             microseconds of one decoding step, measured on the model's device (`ppnet.latency`).
         of: a fraction of the whole ``"model"``, or of the ``"gated"`` units alone.
         scores: what ranks the units in place of gates: `ppnet.Scores`, the name of a file of them, or any mapping of
-            site name -> one score per unit, higher stays; or the name of a method that needs no data, ``"magnitude"``
-            or ``"random"``, as ``ppnet.score(model, method=...)`` scores by default. A string that names both is the
-            method; a file of that name is ``"./magnitude"``. Magnitude is no default, as it can lose to random units:
-            where there is data, give ``ppnet.score(model, data, tokenizer=...)``.
+            site name -> one score per unit, higher stays; or the name of a method that needs no data, ``"magnitude"``,
+            ``"position"`` or ``"random"``, as ``ppnet.score(model, method=...)`` scores by default. A string that names
+            both is the method; a file of that name is ``"./magnitude"``. Magnitude is no default, as it can lose to
+            random units: where there is data, give ``ppnet.score(model, data, tokenizer=...)``.
         allocation: for scores, not for gates: ``"uniform"`` keeps the same fraction of every site, ``"global"``
             compares scores across sites, ``"cost"`` compares scores per what a unit costs in `metric` (the knapsack).
         normalise: for ``"global"`` and ``"cost"``: ``"kind"`` divides scores by their mean over all units of a kind,
@@ -184,12 +197,7 @@ def plan(
             "themselves; leave it out (normalise, too), or give scores=..."
         )
     costs = cost_model(model, structure)
-    if gated:
-        keys, source = _gate_keys(engine_of(model).puppet), "gates"
-    elif scores is None:
-        raise unranked(model)
-    else:
-        keys, source = _score_keys(model, structure, scores)
+    keys, source = unit_keys(model, structure, scores)
     multiples = multiples_of(multiple_of, structure)
     least = least_units(floor, structure, multiples)
     meter = get_meter(model, structure, costs, metric)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ppnet.binding import Binding, GatedLeaf, feature_gate, gather_site
+from ppnet.binding import Binding, GatedLeaf, feature_gate, gather_site, view_site
 from ppnet.decode import Kept
 from ppnet.errors import TrainingError
 from ppnet.gates.draw import Draw
@@ -37,12 +37,14 @@ class SitePass:
         gate: ``(C,)`` gates of the computed units, or None when all are 1.
         dropped: the other units and their gates, or None when there are none or no gradient is wanted.
         input_scale: ``(D,)`` or None.
+        prefix: whether the computed units are the first ones of the site.
     """
 
     computed: Tensor
     gate: Tensor | None
     dropped: DroppedUnits | None
     input_scale: Tensor | None
+    prefix: bool = False
 
 
 class PendingBackward:
@@ -201,7 +203,13 @@ class Engine:
         self.bound = False
 
     def fix(self, plan: Plan | None) -> None:
-        """Sets the size of the coming passes: a plan, or None for dense in evaluation and draws in training."""
+        """Sets the size of the coming passes: a plan, or None for dense in evaluation and draws in training.
+
+        Raises:
+            PlanError: a plan for another order of the units.
+        """
+        if plan is not None:
+            plan.check_order(self.puppet.structure)
         before, self.fixed = self.fixed, plan
         self.stale = True
         if self.model.training:
@@ -269,12 +277,16 @@ class Engine:
         for index, (site, (out, inputs)) in enumerate(
             zip(self.sites, self.puppet.scales(0.0 if plan is None else plan.u), strict=True)
         ):
-            computed = torch.arange(site.units) if plan is None else torch.tensor(plan.kept[site.name])
-            gate = None if out is None else out[computed.to(out.device)]
+            first = site.units if plan is None else plan.prefix(site.name)
+            if plan is None or first is not None:
+                computed, gate = torch.arange(first or 0), None if out is None else out[:first]
+            else:
+                computed = torch.tensor(plan.kept[site.name])
+                gate = None if out is None else out[computed.to(out.device)]
             if len(computed) == site.units and gate is None and inputs is None:
                 self._unbind(index)
             else:
-                self._bind(index, SitePass(computed, gate, None, inputs))
+                self._bind(index, SitePass(computed, gate, None, inputs, first is not None))
         self.bound = True
 
     def _unbind(self, index: int) -> None:
@@ -285,16 +297,19 @@ class Engine:
         self.set_attributes(site, site.units)
 
     def _bind(self, index: int, site_pass: SitePass) -> None:
-        site = self.sites[index]
+        site, learns = self.sites[index], torch.is_grad_enabled()
         self.active[index] = site_pass
-        if self._fused(site) if torch.is_grad_enabled() else self.by_index:
+        units = len(site_pass.computed)
+        if self._fused(site) if learns else self.by_index:
             for leaf in site.leaves:
                 self.binding(leaf).set(None, None, self._kept(leaf, site_pass))
         else:
-            bound = gather_site(self.model, site, site_pass.computed, site_pass.gate)
+            # Where something learns, one gather brings back the gates' gradients, too.
+            views = view_site(self.model, site, units, site_pass.gate) if site_pass.prefix and not learns else None
+            bound = gather_site(self.model, site, site_pass.computed, site_pass.gate) if views is None else views
             for leaf in site.leaves:
                 self.binding(leaf).set(*bound[leaf.name])
-        self.set_attributes(site, len(site_pass.computed))
+        self.set_attributes(site, units)
 
     def _kept(self, leaf: Leaf, site_pass: SitePass) -> Kept:
         weight = leaf_module(self.model, leaf).weight

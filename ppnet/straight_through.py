@@ -138,7 +138,7 @@ def _unit_outputs(
     engine, site = dropped.engine, dropped.site
     weights = gather_site(engine.model, site, dropped.units, None)
     bindings = [engine.binding(leaf) for leaf in site.leaves]
-    saved = [(binding, binding.weight, binding.bias, binding.kept) for binding in bindings]
+    saved = [(binding, binding.bound()) for binding in bindings]
     computed = engine.active[dropped.index]
     consumer = engine.binding(site.consumer)
     captured: list[Tensor] = []
@@ -154,8 +154,8 @@ def _unit_outputs(
             captured.append(output)
     finally:
         consumer.capture = None
-        for binding, weight, bias, kept in saved:
-            binding.set(weight, bias, kept)
+        for binding, bound in saved:
+            binding.set(*bound)
         engine.set_attributes(site, site.units if computed is None else len(computed.computed))
     columns = weights[site.consumer.name][0]
     return captured[0], columns if site.consumer.weight_dim == 1 else columns.t()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
 
 KINDS = ("kv_group", "neuron")
+# The entry of a model's config that `ppnet.sort_` leaves; absent where units are in the order they were made in.
+ORDER = "ppnet_order"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,14 @@ class Leaf:
     @property
     def features_per_unit(self) -> int:
         return int(self.index.shape[1])
+
+    @cached_property
+    def consecutive(self) -> bool:
+        """Whether the features are the units' one after the other, in blocks of equal width: the first units' features
+        are then a view of a tensor, ``(K * r,)`` or, of a fused producer, ``(blocks, K * r / blocks)``."""
+        units, per_unit = self.index.shape
+        everything = self.features(torch.arange(units))
+        return len(set(self.blocks)) == 1 and torch.equal(everything, torch.arange(units * per_unit))
 
     def features(self, units: Tensor) -> Tensor:
         """Feature indices of the given units: int64 ``(K,)`` -> int64 ``(K * r,)``, in the leaf's own order.
@@ -121,7 +132,11 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What was found in a model: its family, its sites (layer by layer, attention before MLP), its widths."""
+    """What was found in a model: its family, its sites (layer by layer, attention before MLP), its widths.
+
+    Attributes:
+        order: which order `ppnet.sort_` put the units into, "" for none: plans and scores of another name other units.
+    """
 
     family: str
     model_type: str
@@ -129,6 +144,7 @@ class Structure:
     width: int
     vocabulary: int
     sites: tuple[Site, ...]
+    order: str = ""
 
     @property
     def total_units(self) -> int:

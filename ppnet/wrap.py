@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ppnet.gates import Puppet, PuppetConfig
 from ppnet.gates.config import SCORES
 from ppnet.gates.given import importance_of
 from ppnet.skip import Engine
-from ppnet.units import Site, Structure, leaf_module
+from ppnet.units import Structure, leaf_module
 
 Model = TypeVar("Model", bound=nn.Module)
 ENGINE = "_ppnet_engine"
@@ -179,10 +180,7 @@ def attach(model: nn.Module, structure: Structure, config: PuppetConfig) -> None
 
 def select_kinds(structure: Structure, kinds: tuple[str, ...]) -> Structure:
     """The structure restricted to sites of some kinds; the units of other sites are never removed."""
-    sites: tuple[Site, ...] = tuple(site for site in structure.sites if site.kind in kinds)
-    return Structure(
-        structure.family, structure.model_type, structure.layers, structure.width, structure.vocabulary, sites
-    )
+    return replace(structure, sites=tuple(site for site in structure.sites if site.kind in kinds))
 
 
 def unwrap(model: Model) -> Model:

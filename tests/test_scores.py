@@ -388,7 +388,7 @@ def test_obs_of_features_that_say_each_other_down_to_rounding():
 
 
 def test_every_scorer_is_tested_here():
-    assert set(SCORERS) == {*METHODS, "random"}
+    assert set(SCORERS) == {*METHODS, "position", "random"}  # position: tests/test_sort.py
     model = tiny("llama")
     draws = [score(model, method="random", seed=seed)["layers.0.neuron"] for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])

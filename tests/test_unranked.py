@@ -90,7 +90,7 @@ def test_any_method_without_data_goes_by_its_name(monkeypatch: pytest.MonkeyPatc
         ppnet.plan(model, 0.6, scores="seeing")
 
 
-@pytest.mark.parametrize("method", sorted(set(SCORERS) - {"magnitude", "random"}))
+@pytest.mark.parametrize("method", sorted(set(SCORERS) - {"magnitude", "position", "random"}))
 def test_methods_that_need_data_say_so(method: str) -> None:
     message = (
         rf"^scores: '{method}' needs data to rank units by; give "
@@ -120,7 +120,7 @@ def test_a_methods_name_goes_before_a_files(tmp_path: Path, monkeypatch: pytest.
         ppnet.plan(model, 0.6, scores="taylor")
     for file in ("./magnitude", Path("magnitude"), "./taylor", "mine"):
         assert ppnet.plan(model, 0.6, scores=file) == expected
-    methods = r" Nor is it the name of a method that needs no data \(magnitude, random\)\.$"
+    methods = r" Nor is it the name of a method that needs no data \(magnitude, position, random\)\.$"
     with pytest.raises(CheckpointError, match=r"cannot read magnitud: No such file.*" + methods):
         ppnet.plan(model, 0.6, scores="magnitud")
     Path("noise").write_bytes(b"nothing")
@@ -259,7 +259,7 @@ def test_commands_ask_for_scores(capsys: Any, folders: dict[str, Path], tmp_path
         ((*small, "--scores", "taylor"), needs_data),
         ((*small, "--scores", "taylor", "--redistribute", text), needs_data),
         ((*resize, "--scores", "no.safetensors"), "error: scores: cannot read no.safetensors"),
-        ((*small, "--scores", "magnitud"), "Nor is it the name of a method that needs no data (magnitude, random)."),
+        ((*small, "--scores", "magnitud"), "method that needs no data (magnitude, position, random)."),
         (
             ("eval", dense, "--data", text, "--scores", "random"),
             "error: scores: random has a meaning only with --sizes",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.errors import UnsupportedModelError
-from ppnet.units import Leaf, Site, Structure
+from ppnet.units import ORDER, Leaf, Site, Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,4 +162,5 @@ def structure_of(model: nn.Module) -> Structure:
         width=int(embeddings.shape[1]),
         vocabulary=int(embeddings.shape[0]),
         sites=sites,
+        order=str(getattr(config, ORDER, "")),
     )

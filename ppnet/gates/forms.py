@@ -97,6 +97,11 @@ class Gates(nn.Module):
         """What the model costs as it is stored now: its dtype may have changed since it was wrapped."""
         return cost_model(self.root, self.structure)
 
+    def per_unit(self) -> list[Tensor]:
+        """The parameters and buffers that hold one number per unit, ``(U,)``: what `ppnet.sort_` moves with them."""
+        tensors = [getattr(self, name, None) for name in ("s_gate", "s_out", "given_importance")]
+        return [tensor for tensor in tensors if tensor is not None]
+
     # ---- closed forms -------------------------------------------------------------------------------------------
 
     def control_points(self) -> Tensor:

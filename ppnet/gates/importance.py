@@ -98,10 +98,10 @@ def scale_free(model: nn.Module, site: Site, input_scale: Tensor | None) -> Tens
     threshold spline and one temperature fit every model. f^in is left out: it would move the ranks, not only the scale,
     of units whose weights did not change. A site whose units are all equal gets 1 everywhere.
     """
-    log = torch.log(norm_product(model, site))
+    log = torch.log(norm_product(model, site)).double()  # so that sums hardly depend on the order of the units
     if log.numel() == 1:
-        return torch.ones_like(log)
+        return torch.ones_like(log).float()
     centred = log - log.mean()
     # Spreads below 1e-4 are rounding: equal units must not be told apart by the last bit of their logarithms.
     z = centred / centred.square().mean().clamp_min(1e-8).sqrt()
-    return 1.0 + torch.erf(z / math.sqrt(2.0))
+    return (1.0 + torch.erf(z / math.sqrt(2.0))).float()

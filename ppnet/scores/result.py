@@ -28,6 +28,7 @@ class Scores(Mapping[str, Tensor]):
         options: the method's options that were given, as JSON can say them.
         model_type: `config.model_type` of the model.
         tokens: predicted tokens that they rest on (0: weights alone).
+        order: the order that `ppnet.sort_` had put the model's units into; "" for none.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Scores(Mapping[str, Tensor]):
         model_type: str,
         options: Mapping[str, Any] | None = None,
         tokens: int = 0,
+        order: str = "",
     ) -> None:
         self._units = {name: torch.as_tensor(value).detach().double().cpu().clone() for name, value in units.items()}
-        self.method, self.model_type, self.tokens = method, model_type, tokens
+        self.method, self.model_type, self.tokens, self.order = method, model_type, tokens, order
         self.options = {name: _sayable(value) for name, value in (options or {}).items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -105,10 +107,11 @@ class Scores(Mapping[str, Tensor]):
             model_type=first.model_type,
             options={"weights": weights, "form": form},
             tokens=max(one.tokens for one in scores),
+            order=first.order,
         )
 
-    def _shape(self) -> tuple[str, dict[str, int]]:
-        return self.model_type, {name: len(value) for name, value in self.items()}
+    def _shape(self) -> tuple[str, str, dict[str, int]]:
+        return self.model_type, self.order, {name: len(value) for name, value in self.items()}
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file; it appears complete or not at all."""
@@ -122,6 +125,7 @@ class Scores(Mapping[str, Tensor]):
             "options": json.dumps(self.options),
             "tokens": str(self.tokens),
             "sites": json.dumps(list(self)),
+            "order": self.order,
         }
         try:
             save_file({name: value.contiguous() for name, value in self.items()}, temporary, metadata=about)
@@ -150,6 +154,7 @@ class Scores(Mapping[str, Tensor]):
                 model_type=about["model_type"],
                 options=json.loads(about["options"]),
                 tokens=int(about["tokens"]),
+                order=about.get("order", ""),
             )
         except CheckpointError:
             raise

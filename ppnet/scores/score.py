@@ -160,6 +160,7 @@ def score_methods(
                 model_type=structure.model_type,
                 options=options,
                 tokens=collector.predicted if scorer.needs(options) else 0,
+                order=structure.order,
             )
     _check_finite(made)
     return made
@@ -226,6 +227,11 @@ def _given(scorer: Scorer, options: Mapping[str, Any], structure: Structure) -> 
         if made_for != structure.model_type:
             raise PPNetError(
                 f"{name}: scores were made for model_type {made_for!r}, the model is {structure.model_type!r}; give "
+                "scores of this model."
+            )
+        if getattr(value, "order", structure.order) != structure.order:
+            raise PPNetError(
+                f"{name}: ppnet.sort_ has put the model's units into another order since these scores were made; give "
                 "scores of this model."
             )
         found[name] = value

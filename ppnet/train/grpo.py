@@ -287,6 +287,7 @@ class RewardMovementMixin:
             units,
             method="reward",
             model_type=self._structure.model_type,
+            order=self._structure.order,
             options={"form": form},
             tokens=tokens,
         )

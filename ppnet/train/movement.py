@@ -232,6 +232,7 @@ class MovementCallback(TrainerCallback):
             {site.name: units for site, units in zip(self._structure.sites, sums, strict=True)},
             method="movement",
             model_type=self._structure.model_type,
+            order=self._structure.order,
             options={"form": form},
             tokens=self.tokens,
         )

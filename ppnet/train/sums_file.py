@@ -57,8 +57,9 @@ def load_sums(file: Path, form: str, structure: Structure, names: tuple[str, ...
                 )
             if json.loads(about["units"]) != _units(structure):
                 raise CheckpointError(
-                    f"{file}: holds sums of other sites or widths than this {structure.model_type!r} model's; resume "
-                    "with the model of the saved run, or delete the file to start the sums anew."
+                    f"{file}: holds sums of other sites or widths than this {structure.model_type!r} model's, or of "
+                    "another order of its units; resume with the model of the saved run, or delete the file to start "
+                    "the sums anew."
                 )
             sums = {name: stream.get_tensor(name) for name in names}
             facts = json.loads(about["facts"])
@@ -73,4 +74,5 @@ def load_sums(file: Path, form: str, structure: Structure, names: tuple[str, ...
 
 
 def _units(structure: Structure) -> dict[str, Any]:
-    return {"model_type": structure.model_type, "sites": {site.name: site.units for site in structure.sites}}
+    about = {"model_type": structure.model_type, "sites": {site.name: site.units for site in structure.sites}}
+    return {**about, "order": structure.order} if structure.order else about
