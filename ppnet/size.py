@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
@@ -76,9 +76,10 @@ def fill(target: float, metric: str, costs: CostModel, order: Sequence[Sequence[
     return fill_to(target, count(costs, metric), order, keys, multiples, least)
 
 
-def _gate_keys(puppet: Puppet) -> list[Tensor]:
+def _gate_keys(puppet: Puppet, importance: Callable[[float], Tensor]) -> list[Tensor]:
     structure = puppet.structure
-    return finite(puppet.order_key().split([site.units for site in structure.sites]), structure, "gates")
+    keys = puppet.order_key(importance=importance).split([site.units for site in structure.sites])
+    return finite(keys, structure, "gates")
 
 
 def unranked(model: nn.Module, first: str = "") -> PlanError:
@@ -117,10 +118,9 @@ def _score_keys(model: nn.Module, structure: Structure, scores: Any) -> tuple[li
     return score_keys(given, structure), str(getattr(given, "method", "scores"))
 
 
-def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
+def _solve_u(puppet: Puppet, importance: Callable[[float], Tensor], target: float, meter: Meter) -> float:
     """u at which the expected size of the masks is `target` (bisection; clamped to [0, 1])."""
     offsets = puppet.structure.offsets()
-    importance = puppet.importance_curve()
 
     @torch.no_grad()
     def expected(u: float) -> float:
@@ -185,7 +185,9 @@ def plan(
         )
     costs = cost_model(model, structure)
     if gated:
-        keys, source = _gate_keys(engine_of(model).puppet), "gates"
+        puppet = engine_of(model).puppet
+        importance = puppet.importance_curve()
+        keys, source = _gate_keys(puppet, importance), "gates"
     elif scores is None:
         raise unranked(model)
     else:
@@ -206,7 +208,7 @@ def plan(
         dense_cost=costs.dense,
         asked=target,
         metric=metric,
-        u=_solve_u(engine_of(model).puppet, target, meter) if gated and not whole else 0.0,
+        u=_solve_u(puppet, importance, target, meter) if gated and not whole else 0.0,
         source=source,
         extra=_reading(meter, counts),
     )
@@ -327,7 +329,7 @@ def size_curve(model: nn.Module, points: int = 33) -> list[SizePoint]:
     puppet = engine_of(model).puppet
     structure, costs = puppet.structure, puppet.costs
     importance = puppet.importance_curve()
-    keys = _gate_keys(puppet)
+    keys = _gate_keys(puppet, importance)
     order = [torch.argsort(key, descending=True, stable=True).tolist() for key in keys]
     floor = costs.gated([1] * len(structure.sites)).flops
     gated = costs.gated([site.units for site in structure.sites]).flops
