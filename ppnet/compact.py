@@ -233,7 +233,7 @@ def shrunk(model: nn.Module, structure: Structure, plan: Plan, parts: Mapping[st
     for name, part in parts.items():
         parameter = model.get_parameter(name)
         memo[id(parameter)] = _kept_parameter(parameter, part)
-    small = copy.deepcopy(model, memo)
+    small: Any = copy.deepcopy(model, memo)
     remove_probes(small)
     if is_accelerated(small):
         take_off(small)
