@@ -87,7 +87,8 @@ def test_compact_streams_and_builds_models_only_to_compare_logits(ok, ppnet, ref
         made = ok("compact", folders["puppet"], *size, *option, "--max-shard-size", "20KB", "--out", tmp_path / name)
         kept[name] = made
         assert (made["streamed"], made["checked"]) == (name != "memory", checked)
-    latency = ok("compact", folders["puppet"], "--size", 0.9, "--metric", "latency", "--out", tmp_path / "fast")
+    latency = ok("compact", folders["puppet"], "--size", 0.9, "--of", "gated", "--metric", "latency", "--out",
+                 tmp_path / "fast")  # fmt: skip
     assert (latency["streamed"], latency["checked"]) == (False, "logits")
     monkeypatch.setattr(models, "load_model", None)
     made = ok("compact", folders["puppet"], *size, "--max-shard-size", "20KB", "--out", tmp_path / "streamed")
