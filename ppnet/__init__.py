@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ppnet.reporting import report
     from ppnet.scores.result import Scores
     from ppnet.scores.score import score, score_methods
+    from ppnet.streaming import compact_folder
     from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _LAZY = {
     "PuppetCallback": "ppnet.train",
     "DistillationTrainer": "ppnet.train",
     "calibration_batches": "ppnet.calibration",
+    "compact_folder": "ppnet.streaming",
     "heal": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
@@ -59,6 +61,7 @@ __all__ = [
     "build_info",
     "calibration_batches",
     "compact",
+    "compact_folder",
     "decelerate",
     "evaluate",
     "heal",

@@ -8,8 +8,9 @@ ordinary model folder with ``ppnet_plan.json``, and the modelling file where lay
 from __future__ import annotations
 
 import json
-import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,26 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppnet.errors import CheckpointError, PPNetError
+from ppnet.errors import CheckpointError, DataError, PPNetError
 from ppnet.families import FAMILIES, structure_of
 from ppnet.files import atomic_directory
 from ppnet.gates import PuppetConfig
 from ppnet.plan import Plan
-from ppnet.shipped import PREFIX, shipped
+from ppnet.shards import INDEX_FILE, WEIGHTS_FILE
+from ppnet.shipped import PREFIX, register, shipped
+from ppnet.stored import read_header
 from ppnet.wrap import attach, select_kinds
 
 PLAN_FILE = "ppnet_plan.json"
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = ("*token*", "vocab*", "merges.txt", "*.model")
 # What an older save of the same model may have left that the new one does not overwrite.
 REPLACEABLE = ("model*.safetensors", INDEX_FILE, PLAN_FILE, "modeling_ppnet_*.py", "generation_config.json")
-# safetensors' own limit; a larger "header length" means that the first bytes are something else.
-LONGEST_HEADER = 100_000_000
 
 
-def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None:
+def save(
+    model: nn.Module, directory: str | Path, tokenizer: Any = None, *, max_shard_size: int | str | None = None
+) -> None:
     """Writes a dense, gated or compacted model so that `load` gives it back. The folder appears complete or not at all.
 
     An older folder of a model is replaced. A folder that holds anything else is left alone.
@@ -45,10 +47,33 @@ def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None
         model: a `PreTrainedModel`.
         directory: the folder to write.
         tokenizer: its tokenizer, saved beside it.
+        max_shard_size: of a file of weights, in bytes or as ``"5GB"``; None: transformers' own.
 
     Raises:
         CheckpointError: `directory` is a file or the working directory, or holds files that replacing it would delete.
         OSError: the disk is full or not writable; what was there before is untouched.
+    """
+    with model_folder(directory) as work:
+        sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(work, **sharding)  # type: ignore[operator]
+        save_beside(model, work, tokenizer)
+
+
+def save_beside(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    """Writes what a folder holds beside the model itself: the tokenizer, and the plan of a compacted model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plan = getattr(model, "ppnet_plan", None)
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
+
+
+@contextmanager
+def model_folder(directory: str | Path) -> Iterator[Path]:
+    """Yields a new folder that takes the name `directory` when the block ends without an error: `atomic_directory`.
+
+    Raises:
+        CheckpointError, OSError: as `save`.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -58,16 +83,19 @@ def save(model: nn.Module, directory: str | Path, tokenizer: Any = None) -> None
             f"directory: {directory} is the current working directory, which saving would replace; name a folder in it."
         )
     with atomic_directory(directory) as work:
-        model.save_pretrained(work)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        plan = getattr(model, "ppnet_plan", None)
-        if plan is not None:
-            plan.save(work / PLAN_FILE)
-        _refuse_to_lose(directory, {file.name for file in work.iterdir()})
+        yield work
+        refuse_to_lose(directory, {file.name for file in work.iterdir()})
 
 
-def _refuse_to_lose(directory: Path, written: set[str]) -> None:
+def refuse_to_lose(directory: Path, written: set[str]) -> None:
+    """Refuses to replace a folder that holds other files than a model's.
+
+    Args:
+        written: names of the files that the new folder has.
+
+    Raises:
+        CheckpointError: there are others, which would be deleted.
+    """
     if not directory.is_dir():
         return
     lost = sorted(
@@ -100,32 +128,43 @@ def load(path: str | Path, **from_pretrained_kwargs: Any) -> Any:
         UserWarning: config.json names gates that were not saved, since the model was loaded without them before.
     """
     path = Path(path)
-    config = _read_config(path)
-    files = _weight_files(path)
+    config = read_config(path)
+    files = weight_files(path)
     for file in files:
-        _check_safetensors(file)
-    stock = _model_class(path, config)
-    _check_config(stock, path)
+        read_header(file)
+    stock = model_class(path, config)
+    built(stock, path)
     model = _from_pretrained(stock, path, from_pretrained_kwargs)
-    if "ppnet" in config:
-        gates = _read_gates(files)
-        if gates and config["model_type"] in FAMILIES:
-            _attach_gates(model, path, config["ppnet"], gates)
-        else:
-            del model.config.ppnet
-            warnings.warn(
-                f"{path / CONFIG_FILE} has options of gates, but the gates were not saved: the model comes without "
-                "them. To keep gates, load with ppnet.load (not AutoModel) before saving.",
-                stacklevel=2,
-            )
+    restore_gates(model, path, config, files)
     if (path / PLAN_FILE).exists():
         plan = Plan.load(path / PLAN_FILE)
-        _check_plan(model, plan, path)
+        check_plan(model, plan, path)
         model.ppnet_plan = plan
     return model
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        DataError: there is none. CheckpointError: the folder's config.json is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    register()  # a compacted model's config is then known, and no code of the folder is asked for
+    absent = f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer."
+    files = [file.name for file in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    if files and not any(fnmatch(name, known) for name in files for known in TOKENIZER_FILES):
+        raise DataError(absent)  # for some models, transformers would make an empty one
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(absent) from error
+    except Exception as error:  # config.json is read, too, and its validators raise many exception types
+        raise CheckpointError(f"tokenizer: {Path(folder) / 'config.json'} is damaged ({error}); correct it.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -135,7 +174,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(
             f"path: {path} is not a folder. Give a local folder; huggingface_hub.snapshot_download(name) fetches one."
@@ -143,16 +182,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(f"path: {path} has no {CONFIG_FILE} (found {found}); it is not a model folder.")
-    return _read_json(path / CONFIG_FILE)
+    return read_json(path / CONFIG_FILE)
 
 
 # ---- weight files ----------------------------------------------------------------------------------------------------
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder: one, or the shards that the index names."""
     if (path / INDEX_FILE).is_file():
-        shards = _read_json(path / INDEX_FILE).get("weight_map")
+        shards = read_json(path / INDEX_FILE).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"path: {path / INDEX_FILE} has no weight_map; the index is damaged, save again.")
         files = [path / name for name in sorted(set(shards.values()))]
@@ -166,44 +205,10 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compares a file's size with what its header announces, without reading the weights.
-
-    Raises:
-        CheckpointError: truncated, or not a safetensors file.
-    """
-    size = file.stat().st_size
-    foreign = (
-        f"path: {file} ({size:,} bytes) is not a safetensors file; save the model with ppnet.save or save_pretrained."
-    )
-    if size < 8:
-        raise CheckpointError(f"path: {file} is truncated: {size} bytes, not even a header; copy or save it again.")
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > LONGEST_HEADER:
-            raise CheckpointError(foreign)
-        raw = stream.read(length)
-    if len(raw) < length:
-        raise CheckpointError(
-            f"path: {file} is truncated: {size:,} bytes, its header alone needs {8 + length:,}; copy or save it again."
-        )
-    try:
-        header = json.loads(raw)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(foreign) from error
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        state = "truncated" if size < expected else "damaged"
-        raise CheckpointError(
-            f"path: {file} is {state}: {size:,} bytes, its header announces {expected:,}; copy or save it again."
-        )
-
-
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def _model_class(path: Path, config: dict[str, Any]) -> type:
+def model_class(path: Path, config: dict[str, Any]) -> type:
     """The class that config.json names: a shipped one, or transformers' own."""
     import transformers
 
@@ -228,15 +233,15 @@ def _model_class(path: Path, config: dict[str, Any]) -> type:
     return found
 
 
-def _check_config(stock: Any, path: Path) -> None:
-    """Builds the model of a folder without weights.
+def built(stock: Any, path: Path) -> Any:
+    """The model of a folder without its weights, on the meta device.
 
     Raises:
         CheckpointError: config.json holds values that the class does not accept.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            stock(stock.config_class.from_pretrained(path))
+            return stock(stock.config_class.from_pretrained(path))
     except Exception as error:  # validators and constructors refuse values with many exception types
         raise CheckpointError(
             f"path: {path / CONFIG_FILE} does not describe a {stock.__name__} ({type(error).__name__}: {error}); "
@@ -286,6 +291,29 @@ def _read_gates(files: list[Path]) -> dict[str, Tensor]:
     return gates
 
 
+def restore_gates(model: Any, path: Path, config: dict[str, Any], files: list[Path]) -> None:
+    """Attaches the gates that a folder holds to its model, whose weights may be missing (on the meta device).
+
+    Raises:
+        CheckpointError: gates that do not belong to the config.
+
+    Warns:
+        UserWarning: options of gates without gates.
+    """
+    if "ppnet" not in config:
+        return
+    gates = _read_gates(files)
+    if gates and config["model_type"] in FAMILIES:
+        _attach_gates(model, path, config["ppnet"], gates)
+        return
+    del model.config.ppnet
+    warnings.warn(
+        f"{path / CONFIG_FILE} has options of gates, but the gates were not saved: the model comes without "
+        "them. To keep gates, load with ppnet.load (not AutoModel) before saving.",
+        stacklevel=3,
+    )
+
+
 def _attach_gates(model: Any, path: Path, options: Any, gates: dict[str, Tensor]) -> None:
     try:
         puppet_config = PuppetConfig.from_dict(options)
@@ -304,7 +332,7 @@ def _attach_gates(model: Any, path: Path, options: Any, gates: dict[str, Tensor]
     model.puppet.load_state_dict(gates)
 
 
-def _check_plan(model: Any, plan: Plan, path: Path) -> None:
+def check_plan(model: Any, plan: Plan, path: Path) -> None:
     """Raises CheckpointError unless the plan's kept widths are the model's widths."""
     base = model.config.model_type.removeprefix(PREFIX)
     if plan.model_type != base:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ppnet.accelerate import take_off
 from ppnet.checks import renamed
 from ppnet.equivalence import as_dense, check_equivalent, plain_evaluation
 from ppnet.errors import DataError, EquivalenceError, PlanError, PPNetError
 from ppnet.families import FAMILIES
+from ppnet.kept import Kept, Scales, kept_parts, multiplied
 from ppnet.modes import mixed_precision_off
 from ppnet.plan import Plan
 from ppnet.redistribute import RIDGE, check_options
@@ -31,10 +32,8 @@ from ppnet.scores.score import score
 from ppnet.shipped import shipped
 from ppnet.size import plan as plan_for_size
 from ppnet.size import refuse_options, unranked
-from ppnet.units import Site, Structure
+from ppnet.units import Structure
 from ppnet.wrap import is_accelerated, is_wrapped, strip, structure_for
-
-Scales = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
 def compact(
@@ -95,25 +94,24 @@ def compact(
     with mixed_precision_off(model):
         batches: Any = None
         if isinstance(size_or_plan, Plan) or is_wrapped(model) or plan_kwargs.get("scores") is not None:
-            plan = _plan(model, size_or_plan, metric, plan_kwargs)
+            plan = plan_of(model, size_or_plan, metric, plan_kwargs)
         else:
             _check_size(model, size_or_plan, metric, plan_kwargs, redistribute)
             batches = _batches(model, redistribute, tokenizer, column)
             plan = _plan_on(batches, model, size_or_plan, metric, plan_kwargs)
         structure = planned_structure(model, plan)
-        scales = _scales(model, structure, plan)
+        scales = amplitudes(model, structure, plan)
         refitted = method != "none"
         if refitted and batches is None:
             batches = _batches(model, redistribute, tokenizer, column)
-        small = _copy_kept(model, structure, plan, scales)
-        _fit_config(small, structure, plan)
+        small = shrunk(model, structure, plan, kept_parts(model, structure, plan, scales))
         if refitted:
             with as_dense(model, structure, plan), plain_evaluation(model, small):
                 done = refit(
                     model, small, structure, plan, scales, batches, method=method, ridge=ridge, sequential=sequential
                 )
             plan = replace(plan, extra={**plan.extra, "redistribution": done})
-        small.ppnet_plan = plan
+            small.ppnet_plan = plan
         if check:
             check_equivalent(model, small, structure, plan, refitted=refitted)
     return small
@@ -152,7 +150,7 @@ def planned_structure(model: nn.Module, plan: Plan) -> Structure:
     return structure
 
 
-def _plan(model: nn.Module, size_or_plan: Any, metric: str, plan_kwargs: dict[str, Any]) -> Plan:
+def plan_of(model: nn.Module, size_or_plan: Any, metric: str, plan_kwargs: dict[str, Any]) -> Plan:
     if not isinstance(size_or_plan, Plan):
         return plan_for_size(model, size_or_plan, metric=metric, **plan_kwargs)
     refuse_options("size_or_plan is already a Plan", metric=metric, **plan_kwargs)
@@ -168,7 +166,7 @@ def _check_size(model: nn.Module, size: Any, metric: str, plan_kwargs: dict[str,
     structure_for(model)
     if data is None:
         raise unranked(model, "give redistribute=data, which then ranks them, too, or ")
-    _plan(model, size, metric, {**plan_kwargs, "scores": "random"})
+    plan_of(model, size, metric, {**plan_kwargs, "scores": "random"})
 
 
 def _plan_on(batches: Any, model: nn.Module, size: Any, metric: str, plan_kwargs: dict[str, Any]) -> Plan:
@@ -183,12 +181,12 @@ def _plan_on(batches: Any, model: nn.Module, size: Any, metric: str, plan_kwargs
             "takes no loss: give scores=ppnet.score(model, data, loss=...), or of a method without gradients, "
             'scores=ppnet.score(model, data, method="activation").'
         ) from error
-    plan = _plan(model, size, metric, {**plan_kwargs, "scores": scores})
+    plan = plan_of(model, size, metric, {**plan_kwargs, "scores": scores})
     about = {"method": scores.method, "data": "redistribute", "tokens": scores.tokens}
     return replace(plan, extra={**plan.extra, "scores": about})
 
 
-def _scales(model: nn.Module, structure: Structure, plan: Plan) -> Scales:
+def amplitudes(model: nn.Module, structure: Structure, plan: Plan) -> Scales:
     """Per site the amplitudes at the plan's u: (per unit ``(U,)`` or None, per input dimension ``(D,)`` or None)."""
     if is_wrapped(model):
         puppet: Any = model.puppet
@@ -210,38 +208,9 @@ def _scales(model: nn.Module, structure: Structure, plan: Plan) -> Scales:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _kept_parameter(parameter: nn.Parameter, dim: int, features: Tensor, factors: dict[int, Tensor]) -> nn.Parameter:
-    """A parameter with the given features of one axis, multiplied per axis in at least float32, in its own dtype."""
-    kept = parameter.detach().index_select(dim, features.to(parameter.device))
-    if factors:
-        wide = kept.to(torch.promote_types(kept.dtype, torch.float32))
-        for axis, factor in factors.items():
-            shape = [-1 if position == axis else 1 for position in range(wide.dim())]
-            wide = wide * factor.to(wide).view(shape)
-        kept = wide.to(kept.dtype)
-    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
-
-
-def _kept_parameters(
-    model: nn.Module, site: Site, units: Tensor, scales: tuple[Tensor | None, Tensor | None]
-) -> dict[int, nn.Parameter]:
-    """Small versions of a site's parameters: ``id(dense parameter) -> small parameter``."""
-    unit_scale, input_scale = scales
-    small: dict[int, nn.Parameter] = {}
-    for leaf in site.leaves:
-        module: Any = model.get_submodule(leaf.name)
-        features = leaf.features(units)
-        factors: dict[int, Tensor] = {}
-        if leaf is site.consumer:
-            if unit_scale is not None:
-                factors[leaf.weight_dim] = unit_scale[leaf.owners(units).to(unit_scale.device)]
-        else:
-            if input_scale is not None:
-                factors[1 - leaf.weight_dim] = input_scale
-            if module.bias is not None:
-                small[id(module.bias)] = _kept_parameter(module.bias, 0, features, {})
-        small[id(module.weight)] = _kept_parameter(module.weight, leaf.weight_dim, features, factors)
-    return small
+def _kept_parameter(parameter: nn.Parameter, part: Kept) -> nn.Parameter:
+    kept = parameter.detach().index_select(part.dim, part.features.to(parameter.device))
+    return nn.Parameter(multiplied(kept, part.factors), requires_grad=parameter.requires_grad)
 
 
 def _state_feature_count(module: Any) -> None:
@@ -253,14 +222,18 @@ def _state_feature_count(module: Any) -> None:
 
 
 @torch.no_grad()
-def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scales) -> Any:
-    """A deep copy in which the leaves are small from the start: dense leaves are never copied."""
+def shrunk(model: nn.Module, structure: Structure, plan: Plan, parts: Mapping[str, Kept]) -> Any:
+    """A deep copy without the units that go, with the class and config that say so; `plan` is attached to it.
+
+    Dense leaves are never copied. Of a model without weights (on the meta device) it is one without weights.
+    """
     # deepcopy takes what the memo already holds, so a dense parameter is replaced by its small version on the way. It
     # also keeps the memo's values alive and every tie between modules (embeddings, the shared config).
     memo: dict[int, Any] = {}
-    for site, scale in zip(structure.sites, scales, strict=True):
-        memo.update(_kept_parameters(model, site, torch.tensor(plan.kept[site.name]), scale))
-    small = copy.deepcopy(model, memo)
+    for name, part in parts.items():
+        parameter = model.get_parameter(name)
+        memo[id(parameter)] = _kept_parameter(parameter, part)
+    small: Any = copy.deepcopy(model, memo)
     remove_probes(small)
     if is_accelerated(small):
         take_off(small)
@@ -270,6 +243,8 @@ def _copy_kept(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
         for leaf in site.leaves:
             _state_feature_count(small.get_submodule(leaf.name))
         site.set_attributes(small, len(plan.kept[site.name]))
+    _fit_config(small, structure, plan)
+    small.ppnet_plan = plan
     return small
 
 

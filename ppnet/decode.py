@@ -198,7 +198,9 @@ def mlp_parts(block: nn.Module, site: Site) -> MlpParts | None:
 
 def fuse_mlps(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     """Fuses every MLP whose parts are known and whose result is then the same; returns the names of these blocks."""
-    fused = []
+    fused: list[str] = []
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return fused  # without weights nothing is computed
     with evaluating(model):
         for site in sites:
             block = model.get_submodule(site.block)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
@@ -76,9 +76,10 @@ def fill(target: float, metric: str, costs: CostModel, order: Sequence[Sequence[
     return fill_to(target, count(costs, metric), order, keys, multiples, least)
 
 
-def _gate_keys(puppet: Puppet) -> list[Tensor]:
+def _gate_keys(puppet: Puppet, importance: Callable[[float], Tensor] | None) -> list[Tensor]:
     structure = puppet.structure
-    return finite(puppet.order_key().split([site.units for site in structure.sites]), structure, "gates")
+    keys = puppet.order_key(importance=importance).split([site.units for site in structure.sites])
+    return finite(keys, structure, "gates")
 
 
 def unranked(model: nn.Module, first: str = "") -> PlanError:
@@ -117,10 +118,9 @@ def _score_keys(model: nn.Module, structure: Structure, scores: Any) -> tuple[li
     return score_keys(given, structure), str(getattr(given, "method", "scores"))
 
 
-def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
+def _solve_u(puppet: Puppet, importance: Callable[[float], Tensor], target: float, meter: Meter) -> float:
     """u at which the expected size of the masks is `target` (bisection; clamped to [0, 1])."""
     offsets = puppet.structure.offsets()
-    importance = puppet.importance_curve()
 
     @torch.no_grad()
     def expected(u: float) -> float:
@@ -130,8 +130,13 @@ def _solve_u(puppet: Puppet, target: float, meter: Meter) -> float:
     return 0.5 * sum(bracket(expected, target, high=1.0, steps=30))
 
 
-def unit_keys(model: nn.Module, structure: Structure, scores: Any) -> tuple[list[Tensor], str]:
+def unit_keys(
+    model: nn.Module, structure: Structure, scores: Any, importance: Callable[[float], Tensor] | None = None
+) -> tuple[list[Tensor], str]:
     """What ranks the units of every site, as float64 (U,), higher stays, and its origin, as `plan` takes them.
+
+    Args:
+        importance: the gates' `importance_curve`, where the caller has it.
 
     Raises:
         PlanError, CheckpointError: as `plan`.
@@ -139,7 +144,7 @@ def unit_keys(model: nn.Module, structure: Structure, scores: Any) -> tuple[list
     if scores is not None:
         return _score_keys(model, structure, scores)
     if is_wrapped(model):
-        return _gate_keys(engine_of(model).puppet), "gates"
+        return _gate_keys(engine_of(model).puppet, importance), "gates"
     raise unranked(model)
 
 
@@ -197,7 +202,9 @@ def plan(
             "themselves; leave it out (normalise, too), or give scores=..."
         )
     costs = cost_model(model, structure)
-    keys, source = unit_keys(model, structure, scores)
+    # Read once: where it depends on lambda, it takes many looks at the weights.
+    importance = engine_of(model).puppet.importance_curve() if gated else None
+    keys, source = unit_keys(model, structure, scores, importance)
     multiples = multiples_of(multiple_of, structure)
     least = least_units(floor, structure, multiples)
     meter = get_meter(model, structure, costs, metric)
@@ -214,7 +221,7 @@ def plan(
         dense_cost=costs.dense,
         asked=target,
         metric=metric,
-        u=_solve_u(engine_of(model).puppet, target, meter) if gated and not whole else 0.0,
+        u=0.0 if importance is None or whole else _solve_u(engine_of(model).puppet, importance, target, meter),
         source=source,
         extra=_reading(meter, counts),
     )
@@ -335,7 +342,7 @@ def size_curve(model: nn.Module, points: int = 33) -> list[SizePoint]:
     puppet = engine_of(model).puppet
     structure, costs = puppet.structure, puppet.costs
     importance = puppet.importance_curve()
-    keys = _gate_keys(puppet)
+    keys = _gate_keys(puppet, importance)
     order = [torch.argsort(key, descending=True, stable=True).tolist() for key in keys]
     floor = costs.gated([1] * len(structure.sites)).flops
     gated = costs.gated([site.units for site in structure.sites]).flops

@@ -8,7 +8,8 @@ family only has to name tensors (`ppnet.families`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 KINDS = ("kv_group", "neuron")
 # The entry of a model's config that `ppnet.sort_` leaves; absent where units are in the order they were made in.
 ORDER = "ppnet_order"
+_READ = "_ppnet_read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,3 +163,24 @@ class Structure:
 def leaf_module(model: nn.Module, leaf: Leaf) -> nn.Linear | Conv1D:
     """The module that a leaf names; families make leaves of these two classes only."""
     return cast("nn.Linear | Conv1D", model.get_submodule(leaf.name))
+
+
+def leaf_tensor(model: nn.Module, leaf: Leaf, name: str = "weight") -> Tensor | None:
+    """A leaf's weight or bias (None if it has no bias), read from its file where the model has none: `reading`."""
+    read = model.__dict__.get(_READ)
+    own: Tensor | None = getattr(leaf_module(model, leaf), name)
+    return own if own is None or read is None else read(f"{leaf.name}.{name}")
+
+
+def leaf_weight(model: nn.Module, leaf: Leaf) -> Tensor:
+    return cast(Tensor, leaf_tensor(model, leaf))
+
+
+@contextmanager
+def reading(model: nn.Module, read: Callable[[str], Tensor]) -> Iterator[None]:
+    """Inside, `leaf_tensor` of a model without weights (on the meta device) gives ``read(name)``: one at a time."""
+    model.__dict__[_READ] = read
+    try:
+        yield
+    finally:
+        del model.__dict__[_READ]

@@ -74,8 +74,35 @@ def test_resize_then_compact_then_eval(ok, ppnet, folders, tmp_path):
         "compact", folders["dense"], "--size", 20_000, "--scores", "magnitude", "--out", tmp_path / "by_magnitude",
         "--no-check",
     )  # fmt: skip
-    assert code == 0 and "magnitude" in out and "not compared" in out
+    assert code == 0 and "magnitude" in out and "not checked" in out
     assert ok("resize", folders["puppet"], "--size", 0.5, "--of", "gated", "--multiple-of", "neuron=4")["of"] == "gated"
+
+
+def test_compact_streams_and_builds_models_only_to_compare_logits(ok, ppnet, refused, folders, tmp_path, monkeypatch):
+    from ppnet.cli import models
+
+    size = ("--size", 0.6, "--of", "gated", "--multiple-of", "neuron=4", "--dtype", "bfloat16")
+    kept = {}
+    for name, option, checked in (("memory", ("--check",), "logits"), ("unchecked", ("--no-check",), None)):
+        made = ok("compact", folders["puppet"], *size, *option, "--max-shard-size", "20KB", "--out", tmp_path / name)
+        kept[name] = made
+        assert (made["streamed"], made["checked"]) == (name != "memory", checked)
+    latency = ok("compact", folders["puppet"], "--size", 0.9, "--of", "gated", "--metric", "latency", "--out",
+                 tmp_path / "fast")  # fmt: skip
+    assert (latency["streamed"], latency["checked"]) == (False, "logits")
+    monkeypatch.setattr(models, "load_model", None)
+    made = ok("compact", folders["puppet"], *size, "--max-shard-size", "20KB", "--out", tmp_path / "streamed")
+    assert made["streamed"] and made["checked"] == "weights" and made["cost"] == kept["memory"]["cost"]
+    files = {file.name: file.read_bytes() for file in (tmp_path / "streamed").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "memory").iterdir()}
+    assert "tokenizer.json" in files and "model.safetensors.index.json" in files
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "unchecked").iterdir()}
+    code, out, _ = ppnet("compact", folders["puppet"], *size, "--out", tmp_path / "again")
+    assert code == 0 and "read back beside the source (--check compares logits, in memory)" in " ".join(out.split())
+    nowhere = ("--out", tmp_path / "unused")
+    assert "give --redistribute TEXT" in refused("compact", folders["dense"], "--size", 0.5, *nowhere)
+    assert "is no size" in refused("compact", folders["puppet"], *size, "--max-shard-size", "much", *nowhere)
+    assert not (tmp_path / "unused").exists()
 
 
 def test_compact_with_redistribution_then_heal(ok, ppnet, refused, folders, tmp_path):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ppnet.errors import CheckpointError, DataError, PPNetError
+from ppnet.checkpoint import load_tokenizer as load_tokenizer
+from ppnet.errors import PPNetError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -255,27 +256,6 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
             raise PPNetError(f"dtype: {dtype!r} is not known; use float32, bfloat16 or float16.")
         options["dtype"] = getattr(torch, dtype)
     return load(folder, **options).to(place(device)).eval()
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        DataError: there is none. CheckpointError: the folder's config.json is damaged.
-    """
-    from transformers import AutoTokenizer
-
-    from ppnet.shipped import register
-
-    register()  # a compacted model's config is then known, and no code of the folder is asked for
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer."
-        ) from error
-    except Exception as error:  # config.json is read, too, and its validators raise many exception types
-        raise CheckpointError(f"tokenizer: {Path(folder) / 'config.json'} is damaged ({error}); correct it.") from error
 
 
 def achieved(plan: Any) -> dict[str, Any]:

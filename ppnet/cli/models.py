@@ -11,6 +11,7 @@ from ppnet.cli.common import (
     Allocation,
     Column,
     Device,
+    Dtype,
     Floor,
     Force,
     Json,
@@ -108,7 +109,15 @@ def compact(
     allocation: Allocation = "uniform",
     normalise: Normalise = "none",
     floor: Floor = None,
-    check: Annotated[bool, typer.Option(help="Compare the small model's logits with the masked model's.")] = True,
+    check: Annotated[
+        bool | None,
+        typer.Option(
+            help="Build both models and compare their logits. If neither is given: whatever is written from folder to "
+            "folder is read back beside the source instead; --no-check does neither.",
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights, e.g. 5GB.")] = "5GB",
     redistribute: Annotated[
         Path | None, typer.Option(help="Text to refit what stays on, so that it takes over what removed units gave.")
     ] = None,
@@ -127,19 +136,16 @@ def compact(
     """Write a smaller, ordinary Hugging Face model that holds only the units that stay.
 
     Gates rank the units, or scores if these are given; without either, mama scores them on the text of --redistribute.
+    The model is never built: what stays goes from file to file, in little memory, whatever its size. Only --check,
+    --redistribute and --metric latency need it, and memory for the dense and the small model.
 
     Example:  ppnet compact puppet --size 0.5 --out small
     Example:  ppnet compact puppet --size 0.5 --redistribute text.txt --out small
     Example:  ppnet compact puppet --plan plan.json --out small
     Example:  ppnet compact models/llama --size 0.5 --scores scores.safetensors --out small
     """
-    from ppnet.checkpoint import save
-    from ppnet.compact import compact as compact_model
-    from ppnet.families import is_decoder
     from ppnet.plan import Plan
-    from ppnet.redistribute import RIDGE
     from ppnet.size import refuse_options
-    from ppnet.wrap import is_wrapped
 
     if ridge is not None and redistribute is None:
         raise PPNetError(f"ridge: {ridge} has a meaning only with --redistribute FILE; leave it out.")
@@ -166,11 +172,78 @@ def compact(
             "metric": metric, "of": of, "multiple_of": multiples, "allocation": allocation, "normalise": normalise,
             "floor": parse_floor(floor), "scores": scores,
         }  # fmt: skip
+    refitted = redistribute is not None or redistribution not in (None, "none")
+    if refitted or check or (plan is None and metric == "latency"):
+        given_text = (redistribute, redistribution, ridge, separator, column)
+        result = _compact_in_memory(
+            folder, out, wanted, choices, given_text, tokenizer, check is not False, dtype, max_shard_size
+        )
+    else:
+        result = _compact_folder(folder, out, wanted, choices, tokenizer, check is None, dtype, max_shard_size)
+    checked = {
+        "logits": "logits equal the masked model's",
+        "weights": "read back beside the source (--check compares logits, in memory)",
+        None: "not checked (--no-check)",
+    }
+    show(
+        result,
+        json,
+        cost_table(f"{result['class']}, units ranked by {result['source']}", result),
+        f"written to {out}: {result['file_bytes']:,} bytes of weights; {checked[result['checked']]}"
+        + ("" if result["tokenizer"] else "; no tokenizer found beside the model"),
+        _redistributed(result["redistribution"]),
+    )
+
+
+def _compact_folder(
+    folder: Path, out: Path, wanted: Any, choices: dict[str, Any], tokenizer: str | None, verify: bool,
+    dtype: str | None, max_shard_size: str,
+) -> dict[str, Any]:  # fmt: skip
+    """From folder to folder, without building the model."""
+    from ppnet.blueprint import read_blueprint
+    from ppnet.streaming import compact_folder
+
     with quiet_stdout():
-        model = load_model(folder, "cpu")
-        if plan is None and (scores is not None or redistribute is None):
+        if choices:
+            check_ranking(
+                read_blueprint(folder).model, choices["scores"], "give --redistribute TEXT, which then ranks them, "
+                "too, or ",
+            )  # fmt: skip
+        words = None if tokenizer is None else load_tokenizer(tokenizer)
+        made = compact_folder(
+            folder, out, wanted, dtype=dtype, max_shard_size=max_shard_size, tokenizer=words, verify=verify, **choices
+        )
+    return {
+        "out": out,
+        "class": made.model_class,
+        "streamed": True,
+        "checked": "weights" if verify else None,
+        "file_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+        "tokenizer": made.tokenizer,
+        **achieved(made.plan),
+        "scores": made.plan.extra.get("scores"),
+        "redistribution": made.plan.extra.get("redistribution"),
+    }
+
+
+def _compact_in_memory(
+    folder: Path, out: Path, wanted: Any, choices: dict[str, Any], given_text: tuple[Any, ...], tokenizer: str | None,
+    check: bool, dtype: str | None, max_shard_size: str,
+) -> dict[str, Any]:  # fmt: skip
+    """With the dense and the small model in memory, which data and logits need."""
+    from ppnet.checkpoint import save
+    from ppnet.compact import compact as compact_model
+    from ppnet.families import is_decoder
+    from ppnet.redistribute import RIDGE
+    from ppnet.wrap import is_wrapped
+
+    redistribute, redistribution, ridge, separator, column = given_text
+    by_size, scores = bool(choices), choices.get("scores")
+    with quiet_stdout():
+        model = load_model(folder, "cpu", dtype)
+        if by_size and (scores is not None or redistribute is None):
             check_ranking(model, scores, "give --redistribute TEXT, which then ranks them, too, or ")
-        elif plan is None and not is_wrapped(model) and not is_decoder(model):
+        elif by_size and not is_wrapped(model) and not is_decoder(model):
             raise PPNetError(
                 "scores: the model is an encoder, which has no next-token loss to score its units with on the text of "
                 "--redistribute; give --scores FILE (ppnet score FOLDER --data TEXT --method activation --out FILE "
@@ -187,30 +260,22 @@ def compact(
             model, wanted, check=check, redistribute=batches, redistribution=redistribution,
             ridge=RIDGE if ridge is None else ridge, **choices,
         )  # fmt: skip
-        save(small, out, words)
+        save(small, out, words, max_shard_size=max_shard_size)
     decided = small.ppnet_plan
     files = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     if not files:
         raise PPNetError(f"out: {out} holds no weights after saving.")
-    result = {
+    return {
         "out": out,
         "class": type(small).__name__,
-        "checked": check,
+        "streamed": False,
+        "checked": "logits" if check else None,
         "file_bytes": files,
         "tokenizer": words is not None,
         **achieved(decided),
         "scores": decided.extra.get("scores"),
         "redistribution": decided.extra.get("redistribution"),
     }
-    show(
-        result,
-        json,
-        cost_table(f"{type(small).__name__}, units ranked by {decided.source}", result),
-        f"written to {out}: {files:,} bytes of weights"
-        + ("; logits equal the masked model's" if check else "; logits not compared (--no-check)")
-        + ("" if words is not None else "; no tokenizer found beside the model"),
-        _redistributed(result["redistribution"]),
-    )
 
 
 def _calibration(model: Any, file: Path, tokenizer: Any, separator: str | None, column: str) -> Any:

@@ -7,7 +7,7 @@ whole model are a handful of vector operations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Gates(nn.Module):
         self.config = config
         self.structure = structure
         device = next(model.parameters()).device
+        if device.type == "meta":  # a model without weights can be planned for: its gates have numbers
+            device = torch.device("cpu")
         sites, units, n = len(structure.sites), structure.total_units, config.control_points
         kinds = sorted({site.kind for site in structure.sites})
         site_of_unit = torch.repeat_interleave(torch.arange(sites), torch.tensor([s.units for s in structure.sites]))
@@ -150,16 +152,21 @@ class Gates(nn.Module):
         if self.config.importance == SCORES:
             return self.given_importance
         train = train and bool(self.config.train_importance)
-        function = get_importance(str(self.config.importance))
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
-            in_amplitude = self.in_amplitude(u)
-            parts = []
-            for index, site in enumerate(self.structure.sites):
+            return self._importances([u])[0]
+
+    def _importances(self, positions: Sequence[float]) -> list[Tensor]:
+        """Importance at every u: site by site, so that weights that are read from files are read once."""
+        function = get_importance(str(self.config.importance))
+        in_amplitudes = [self.in_amplitude(u) for u in positions]
+        parts: list[list[Tensor]] = [[] for _ in positions]
+        for index, site in enumerate(self.structure.sites):
+            for found, in_amplitude in zip(parts, in_amplitudes, strict=True):
                 scale = None
                 if in_amplitude is not None and site.kind == "neuron":
                     scale = in_amplitude[self.mlp_sites.index(index)]
-                parts.append(function(self.root, site, scale))
-            return torch.cat(parts)
+                found.append(function(self.root, site, scale))
+        return [torch.cat(found) for found in parts]
 
     @torch.no_grad()
     def importance_curve(self, nodes: int = 17) -> Callable[[float], Tensor]:
@@ -168,7 +175,7 @@ class Gates(nn.Module):
         if not (self.config.amplitudes and self.config.importance in DEPENDS_ON_LAMBDA):
             constant = self.importance(0.0)
             return lambda u: constant
-        table = torch.stack([self.importance(i / (nodes - 1)) for i in range(nodes)])
+        table = torch.stack(self._importances([i / (nodes - 1) for i in range(nodes)]))
 
         def interpolate(u: float) -> Tensor:
             left = min(int(u * (nodes - 1)), nodes - 2)
@@ -217,13 +224,17 @@ class Gates(nn.Module):
         ]
 
     @torch.no_grad()
-    def order_key(self, points: int = 256) -> Tensor:
+    def order_key(self, points: int = 256, importance: Callable[[float], Tensor] | None = None) -> Tensor:
         """How far up the cost axis each unit stays: float64 ``(U,)``, higher = stays longer.
 
         In [0, 1] it is the largest u at which rho >= 1/2 (interpolated on a grid). Units that stay at u = 1 get
         1 + their margin there; units that are out everywhere get their (negative) margin at u = 0.
+
+        Args:
+            points: of the grid.
+            importance: the `importance_curve`, where the caller has it.
         """
-        importance = self.importance_curve()
+        importance = importance or self.importance_curve()
         key = torch.empty(self.structure.total_units, dtype=torch.float64)
         upper: Tensor | None = None
         open_ = torch.ones(self.structure.total_units, dtype=torch.bool)

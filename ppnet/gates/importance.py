@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppnet.errors import PPNetError
 from ppnet.gates.config import SCORES
 from ppnet.ops.row_norms import row_norms
-from ppnet.units import Leaf, Site, leaf_module
+from ppnet.units import Leaf, Site, leaf_weight
 
 ImportanceFn = Callable[[nn.Module, Site, Tensor | None], Tensor]
 IMPORTANCES: dict[str, ImportanceFn] = {}
@@ -56,7 +56,7 @@ def unit_norms(model: nn.Module, leaf: Leaf, input_scale: Tensor | None = None, 
     Returns:
         ``(U,)`` float32.
     """
-    weight = leaf_module(model, leaf).weight
+    weight = leaf_weight(model, leaf)
     if input_scale is not None:
         input_scale = input_scale.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     norms = row_norms([weight], [input_scale], [leaf.weight_dim])[0].float()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ppnet.errors import PPNetError
 from ppnet.scores.rewards import RewardGradients
 from ppnet.scores.sums import accumulator, wide
-from ppnet.units import Leaf, Site, leaf_module
+from ppnet.units import Leaf, Site, leaf_tensor, leaf_weight
 
 T = TypeVar("T")
 
@@ -42,10 +42,11 @@ class SiteWeights:
     def output(self) -> Tensor:
         """Columns of the output projection: (U, r, D)."""
         leaf = self._site.consumer
-        return self._features(leaf)[leaf.index.to(self._weight(leaf).device)]
+        features = self._features(leaf)
+        return features[leaf.index.to(features.device)]
 
     def output_has_bias(self) -> bool:
-        return leaf_module(self._model, self._site.consumer).bias is not None
+        return leaf_tensor(self._model, self._site.consumer, "bias") is not None
 
     def roles(self) -> tuple[str, ...]:
         """What the producers are: of ``gate``, ``up``, or ``q``, ``k``, ``v``; a fused q|k|v counts as three."""
@@ -60,8 +61,9 @@ class SiteWeights:
                 the bias: the rows as they act on the normalised input.
         """
         leaf = next(leaf for leaf in self._site.producers if role in self._parts(leaf))
-        index = self._parts(leaf)[role].to(self._weight(leaf).device)
-        weight, bias = self._features(leaf)[index], leaf_module(self._model, leaf).bias
+        features, bias = self._features(leaf), leaf_tensor(self._model, leaf, "bias")
+        index = self._parts(leaf)[role].to(features.device)
+        weight = features[index]
         bias = None if bias is None else bias.detach().to(weight.dtype)[index]
         affine = self._norm(self._site) if folded else None
         if affine is not None:
@@ -70,12 +72,9 @@ class SiteWeights:
             weight = weight * affine.gain.to(weight)
         return weight if bias is None else torch.cat([weight, bias[..., None]], dim=-1)
 
-    def _weight(self, leaf: Leaf) -> Tensor:
-        return leaf_module(self._model, leaf).weight
-
     def _features(self, leaf: Leaf) -> Tensor:
         """The weight with the indexed features first."""
-        weight = self._weight(leaf).detach()
+        weight = leaf_weight(self._model, leaf).detach()
         return (weight if leaf.weight_dim == 0 else weight.t()).to(wide(weight.dtype))
 
     @staticmethod
