@@ -166,7 +166,7 @@ def test_a_folder_without_its_importance_is_damaged(tmp_path: Path) -> None:
         ppnet.load(tmp_path / "gated")
 
 
-@pytest.mark.parametrize("hierarchy", ["independent", "pooled"])
+@pytest.mark.parametrize("hierarchy", ["independent", "pooled", "shared"])
 def test_some_kinds_taking_off_and_presets(hierarchy: str) -> None:
     plain = tiny("llama")
     scores = given(plain)

@@ -287,6 +287,25 @@ def test_equal_and_zero_units_have_finite_importance():
     assert set(IMPORTANCES) >= {"row_norm", "scale_free"}
 
 
+def test_shared_hierarchy_closes_equal_layers_alike():
+    model = wrap(tiny("llama"), PuppetConfig(hierarchy="shared"))
+    puppet = model.puppet
+    kinds = sorted({site.kind for site in puppet.structure.sites})
+    with torch.no_grad():
+        puppet.theta_kind.normal_(generator=torch.Generator().manual_seed(0))
+    assert set(puppet._parameters) & {"theta", "theta_kind", "eta", "log_sigma"} == {"theta_kind"}
+    assert puppet.theta_kind.shape == (len(kinds), puppet.config.control_points - 1)
+    thresholds = puppet.threshold(0.6)
+    for number, site in enumerate(puppet.structure.sites):
+        control = puppet.control_points()[number]
+        expected = torch.nn.functional.softplus(puppet.theta_kind[kinds.index(site.kind)]).cumsum(0) - 2
+        torch.testing.assert_close(control, torch.cat([torch.tensor([-2.0]), expected]))
+    of_kind = {site.kind: thresholds[number].item() for number, site in enumerate(puppet.structure.sites)}
+    assert [of_kind[site.kind] for site in puppet.structure.sites] == thresholds.tolist()
+    (gradient,) = torch.autograd.grad(thresholds[::2].sum(), puppet.theta_kind)
+    assert (gradient[kinds.index(puppet.structure.sites[0].kind)] > 0).any() and float(puppet.prior()) == 0
+
+
 def test_pooled_hierarchy():
     model = randomised(wrap(tiny("llama"), PuppetConfig(hierarchy="pooled", pooled_scale=0.4)))
     puppet = model.puppet

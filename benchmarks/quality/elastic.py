@@ -64,7 +64,7 @@ class Recipe:
     steps: int = 600
     retrofit_steps: int = 120
     warmup: int = 20
-    lr: float = 3e-3
+    lr: float = 2e-3
     retrofit_lr: float = 1e-3
     gate_lr: float = 0.05
     calibration: int = 96

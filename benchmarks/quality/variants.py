@@ -60,6 +60,10 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
     "retrofit prefix log": retrofit("mama", **PREFIX, lambda_distribution="log_size"),
     "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
+    # How sizes are shared out over layers.
+    "retrofit shared": retrofit("mama", hierarchy="shared"),
+    "retrofit prefix shared": retrofit("mama", **PREFIX, hierarchy="shared"),
+    "retrofit prefix shared log": retrofit("mama", **PREFIX, hierarchy="shared", lambda_distribution="log_size"),
     # How many passes a step has.
     "retrofit sandwich": retrofit("mama", sandwich=1),
     "retrofit prefix sandwich": retrofit("mama", **PREFIX, sandwich=1),

@@ -11,7 +11,7 @@ from ppnet.errors import PPNetError
 from ppnet.units import KINDS
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "hierarchy": ("independent", "pooled"),
+    "hierarchy": ("independent", "pooled", "shared"),
     "gate_gradient": ("sampled", "exact"),
     "lambda_distribution": ("exponential", "uniform_u", "uniform_size", "log_size"),
     "normalise_scores": ("site", "kind"),
@@ -47,8 +47,9 @@ class PuppetConfig:
         degree: degree of the clamped B-splines.
         amplitudes: whether the amplitude terms f^gate, f^out, f^in are trained.
         pin_dense: whether amplitudes are exactly 1 at lambda = 0, so that the dense pass is the model itself.
-        hierarchy: ``"independent"`` threshold splines per layer and kind, or ``"pooled"``: each kind's layers share a
-            mean spline from which they deviate by a learned, half-normally shrunk scale.
+        hierarchy: ``"independent"`` threshold splines per layer and kind; ``"pooled"``: each kind's layers share a
+            mean spline from which they deviate by a learned, half-normally shrunk scale; or ``"shared"``: one spline
+            per kind, so that importances that are alike in all layers close all layers alike.
         pooled_scale: scale of the half-normal hyperprior of the pooled deviations.
         gate_gradient: straight-through gradient of dropped units: ``"sampled"`` (unbiased, on a random fraction of the
             tokens) or ``"exact"`` (all tokens).

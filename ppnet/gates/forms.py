@@ -25,7 +25,8 @@ class Gates(nn.Module):
     Parameters (float32, whatever the model's dtype):
         theta ``(S, n - 1)``: increments of the threshold splines before softplus, when ``hierarchy="independent"``.
         theta_kind ``(kinds, n - 1)``, eta ``(S, n - 1)``, log_sigma ``(kinds,)``: theta = theta_kind + sigma * eta,
-            when ``hierarchy="pooled"`` (non-centred, so that the posterior mode exists).
+            when ``hierarchy="pooled"`` (non-centred, so that the posterior mode exists); theta_kind alone when
+            ``hierarchy="shared"``.
         s_gate, s_out ``(U,)``, s_in ``(M, D)``: amplitude exponents per unit, and per input dimension of the M MLPs.
         u_gate, u_out ``(S, n)``, u_in ``(M, n)``: control points of the amplitudes' splines.
     Buffers:
@@ -78,6 +79,8 @@ class Gates(nn.Module):
             self.theta_kind = parameter(len(kinds), n - 1)
             self.eta = parameter(sites, n - 1)
             self.log_sigma = nn.Parameter(torch.full((len(kinds),), math.log(0.1), device=device))
+        elif config.hierarchy == "shared":
+            self.theta_kind = parameter(len(kinds), n - 1)
         else:
             self.theta = parameter(sites, n - 1)
         if config.amplitudes:
@@ -110,6 +113,8 @@ class Gates(nn.Module):
         """Threshold control points ``(S, n)``: c_0 = -1/T, c_k = c_{k-1} + softplus(theta_k); increasing."""
         if self.config.hierarchy == "pooled":
             theta = self.theta_kind[self.kind_of_site] + self.log_sigma.exp()[self.kind_of_site, None] * self.eta
+        elif self.config.hierarchy == "shared":
+            theta = self.theta_kind[self.kind_of_site]
         else:
             theta = self.theta
         first = theta.new_full((theta.shape[0], 1), -1.0 / self.config.temperature)
