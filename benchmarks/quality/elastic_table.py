@@ -10,7 +10,8 @@ from typing import Any
 
 from ppnet.reporting.style import LIGHT, canvas, headline, labels, legend, log_scale
 
-PLOTTED = ("alone", "paper", "matformer", "sandwich", "mama healed", "retrofit", "scratch")
+PLOTTED = ("alone", "paper", "matformer", "mama healed", "retrofit", "retrofit prefix", "scratch")
+HIGHEST = 4.0  # of the plot
 Rows = list[dict[str, Any]]
 
 
@@ -81,7 +82,7 @@ def table(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...]) -> s
 def plot(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path: Path) -> None:
     """Perplexity ratio to the dense model against the fraction of the gated FLOPs, bands over seeds."""
     figure, (axis,) = canvas(LIGHT, height=5.6)
-    colours = (LIGHT.ink, LIGHT.faint, LIGHT.fourth, LIGHT.third, LIGHT.second, LIGHT.main, LIGHT.main)
+    colours = (LIGHT.ink, LIGHT.faint, LIGHT.fourth, LIGHT.second, LIGHT.third, LIGHT.main, LIGHT.main)
     highest = 1.0
     for run, colour in zip(PLOTTED, colours, strict=True):
         at = [fraction for fraction in fractions if ratios(rows, run, fraction)]
@@ -93,7 +94,7 @@ def plot(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path:
         axis.fill_between(at, [min(v) for v in found], [max(v) for v in found], color=colour, alpha=0.15, lw=0)
         highest = max(highest, *(statistics.mean(v) for v in found))
     log_scale(axis, "x", min(fractions), 1.0)
-    axis.set_ylim(0.9, min(highest * 1.05, 4.0))
+    log_scale(axis, "y", 1.0, max(2.0, min(highest, HIGHEST)))
     headline(axis, LIGHT, f"{recipe['subject']}: quality at every size, equal tokens")
     labels(axis, LIGHT, "fraction of the gated FLOPs", "perplexity / dense model without gates")
     legend(axis, LIGHT)
