@@ -9,7 +9,6 @@ for a fifth of its tokens; "longer" is the dense model trained on as long withou
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,11 +30,11 @@ from transformers.trainer_callback import PrinterCallback
 from variants import RUNS, Variant
 
 import ppnet
+from ppnet import demo
 from ppnet.cost import cost_model
 from ppnet.evaluate import perplexity
-from ppnet.families import structure_of
 from ppnet.train import PuppetTrainer, default_arguments, param_groups
-from ppnet.wrap import engine_of, is_wrapped
+from ppnet.wrap import engine_of, is_wrapped, structure_for
 
 FRACTIONS = (1.0, 0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.057)
 SMALLEST = FRACTIONS[-1]
@@ -100,7 +99,7 @@ class Meter:
 
     def __init__(self, model: nn.Module) -> None:
         self.flops, self.model = 0.0, model
-        self.costs = cost_model(model, model.puppet.structure if is_wrapped(model) else structure_of(model))
+        self.costs = cost_model(model, structure_for(model))
         self.handle = model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -121,13 +120,8 @@ class Meter:
 
 
 def schedule(steps: int, warmup: int, start: int = 0) -> Callable[[int], float]:
-    """Warm-up from `start`, then the rest of one cosine over `steps` steps, to a tenth."""
-
-    def factor(step: int) -> float:
-        warm = min(1.0, (step + 1) / warmup)
-        return warm * (0.1 + 0.45 * (1.0 + math.cos(math.pi * min(1.0, (start + step) / steps))))
-
-    return factor
+    """Warm-up from `start`, then the rest of one cosine over `steps` steps, to a tenth: the demo's."""
+    return demo.schedule(demo.Recipe(steps=steps, warmup=warmup), start)
 
 
 class Study:

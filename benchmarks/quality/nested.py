@@ -10,14 +10,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 import ppnet
-from ppnet.cost import cost_model
-from ppnet.families import structure_of
-from ppnet.plan import Plan, make_plan
+from ppnet.plan import Plan
 from ppnet.train.objective import distillation_loss, shift_labels
 from ppnet.wrap import engine_of
 
@@ -26,12 +23,7 @@ MATFORMER = (1.0, 0.5, 0.25, 0.125)
 
 def first_units(model: nn.Module, fraction: float) -> Plan:
     """The plan of the first units of every site, at a fraction of the gated FLOPs, the same share of every layer."""
-    order = {site.name: torch.arange(site.units, 0, -1).tolist() for site in structure_of_any(model).sites}
-    return ppnet.plan(model, fraction, metric="flops", of="gated", scores=order)
-
-
-def structure_of_any(model: nn.Module) -> Any:
-    return model.puppet.structure if hasattr(model, "puppet") else structure_of(model)
+    return ppnet.plan(model, fraction, metric="flops", of="gated", scores="position")
 
 
 class NestedTrainer(Trainer):
@@ -53,16 +45,8 @@ class NestedTrainer(Trainer):
             self.plans[fraction] = first_units(self.model, fraction)
         return self.plans[fraction]
 
-    def everything(self) -> Plan:
-        structure = structure_of_any(self.model)
-        costs = cost_model(self.model, structure)
-        return make_plan(
-            structure, [list(range(site.units)) for site in structure.sites], cost=costs.dense, dense_cost=costs.dense,
-            u=0.0, source="dense",
-        )  # fmt: skip
-
     def forward(self, model: nn.Module, inputs: dict[str, Any], fraction: float) -> Any:
-        engine_of(self.model).fix(self.everything() if fraction == 1.0 else self.at(fraction))
+        engine_of(self.model).fix(self.at(fraction))
         return model(**inputs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -155,13 +155,7 @@ class PuppetTrainerMixin(CheckpointMixin):
         nll, outputs = result if isinstance(result, tuple) else (result, None)
         micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
         scaled = self._loss_is_scaled(num_items_in_batch)
-        loss = nll
-        if teacher is not None:
-            divergence = self._distillation(inputs, outputs, teacher, num_items_in_batch if scaled else None)
-            if scaled and num_items_in_batch is None:
-                divergence = divergence / micro_steps
-            loss = (1 - share) * nll + share * divergence
-            self._record("distillation_kl", divergence * (micro_steps if scaled else 1))
+        loss = nll if teacher is None else self._taught(nll, inputs, outputs, teacher, num_items_in_batch)
         penalty = puppet.penalty().to(loss.device)
         # The Trainer divides losses that are means over their micro-batch, not those already divided by all tokens.
         loss = loss + (penalty / micro_steps if scaled else penalty)
@@ -178,28 +172,38 @@ class PuppetTrainerMixin(CheckpointMixin):
         **kwargs: Any,
     ) -> Any:
         """Mean over a dense pass and `PuppetConfig.sandwich` gated ones that learn from it, plus the penalty."""
-        puppet, share = self.puppet, float(self.puppet.config.distill)
-        passes = puppet.config.sandwich
+        puppet, passes = self.puppet, self.puppet.config.sandwich
         micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
         scaled = self._loss_is_scaled(num_items_in_batch)
         with puppet.dense():
             nll, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
-        loss, teacher = nll, _logits(outputs)
+        loss, teacher = nll, _logits(outputs) if puppet.config.distill > 0 else None
         self._record("nll", nll * (micro_steps if scaled else 1))
         for number in range(1, passes + 1):
             with puppet.drawing(SMALLEST if number == passes > 1 else GATED):
                 nll, gated = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
-            loss = loss + (1 - share) * nll
-            if share > 0 and teacher is not None:
-                divergence = self._distillation(inputs, gated, teacher.detach(), num_items_in_batch if scaled else None)
-                if scaled and num_items_in_batch is None:
-                    divergence = divergence / micro_steps
-                loss = loss + share * divergence
-                self._record("distillation_kl", divergence * (micro_steps if scaled else 1))
+            loss = loss + (nll if teacher is None else self._taught(nll, inputs, gated, teacher, num_items_in_batch))
         penalty = puppet.penalty().to(loss.device)
         loss = loss / (1 + passes) + (penalty / micro_steps if scaled else penalty)
         self._record("penalty", penalty)
         return (loss, outputs) if return_outputs else loss
+
+    def _taught(
+        self,
+        nll: Tensor,
+        inputs: Mapping[str, Any],
+        outputs: Any,
+        teacher: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """``(1 - a) * NLL + a * distillation`` of a gated pass, both scaled as the Trainer expects a loss."""
+        share, scaled = float(self.puppet.config.distill), self._loss_is_scaled(num_items_in_batch)
+        micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        divergence = self._distillation(inputs, outputs, teacher, num_items_in_batch if scaled else None)
+        if scaled and num_items_in_batch is None:
+            divergence = divergence / micro_steps
+        self._record("distillation_kl", divergence * (micro_steps if scaled else 1))
+        return (1 - share) * nll + share * divergence
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the Trainer takes the loss as already normalised over the whole accumulated batch."""
