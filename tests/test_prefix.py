@@ -17,7 +17,7 @@ from torch import nn
 import ppnet
 from ppnet.errors import PPNetError, TrainingError
 from ppnet.gates import PuppetConfig
-from ppnet.gates.draw import GATED, SMALLEST, choose, generator
+from ppnet.gates.draw import GATED, Stratum, choose, generator
 from ppnet.gates.prefix import prefix_mask
 from ppnet.train import PuppetTrainer, default_arguments, text_blocks
 from ppnet.wrap import wrap
@@ -129,7 +129,20 @@ def test_what_a_pass_is_can_be_said():
     config = PuppetConfig(dense_fraction=0.9, smallest_size=0.07)
     gated = [choose(config, 0, generator(0, number), lambda size: 0.5, GATED) for number in range(50)]
     assert all(choice.lambda_ > 0 for choice in gated) and len({choice.fraction for choice in gated}) > 40
-    assert choose(config, 0, generator(0, 0), lambda size: 0.5, SMALLEST).fraction == 0.07
+
+
+@pytest.mark.parametrize("distribution", ["uniform_size", "log_size", "uniform_u", "exponential"])
+def test_strata_part_the_sizes_evenly(distribution):
+    config = PuppetConfig(lambda_distribution=distribution, smallest_size=0.1)
+    parts = [
+        [choose(config, 0, generator(0, 3 * number + part), lambda size: 1 - size, Stratum(part, 3)).lambda_
+         for number in range(200)]
+        for part in range(3)
+    ]  # fmt: skip
+    # The larger lambda, the smaller the size: parts follow each other, without overlap.
+    assert max(parts[0]) < min(parts[1]) and max(parts[1]) < min(parts[2])
+    whole = [choose(config, 0, generator(1, number), lambda size: 1 - size, GATED).lambda_ for number in range(600)]
+    assert stats.ks_2samp(sum(parts, []), whole).pvalue > 1e-3
 
 
 def test_frozen_weights_have_no_dense_passes(tmp_path):
@@ -178,7 +191,7 @@ def test_a_sandwich_is_the_mean_of_its_passes(tmp_path, passes):
     total = nll(dense)
     p = torch.softmax(dense.detach()[:, :-1][valid], -1)
     for number in range(passes):
-        with puppet.drawing(SMALLEST if passes > 1 and number == passes - 1 else GATED):
+        with puppet.drawing(Stratum(number, passes)):
             gated = model(input_ids=ids).logits
         q = torch.log_softmax(gated[:, :-1][valid], -1)
         total = total + 0.75 * nll(gated) + 0.25 * (p * (p.log() - q)).sum(-1).mean()

@@ -69,7 +69,12 @@ class Recipe:
     calibration: int = 96
 
 
-SUBJECTS = {"tiny": Recipe(), "library": Recipe(text="library"), "5M": Recipe(width=256, neurons=832, layers=6)}
+SUBJECTS = {
+    "tiny": Recipe(),
+    "long": Recipe(steps=3000, retrofit_steps=600, warmup=60),
+    "library": Recipe(text="library"),
+    "5M": Recipe(width=256, neurons=832, layers=6),
+}
 
 
 def new_model(recipe: Recipe, vocabulary: int, seed: int, heads: int | None = None, neurons: int | None = None) -> Any:
@@ -135,7 +140,7 @@ class Study:
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def phase(self, model: Any, name: str, first: int, steps: int, lr: float, factor: Any, kind: Any = Trainer,
-              gate_lr: float | None = None, **options: Any) -> dict[str, float]:  # fmt: skip
+              gate_lr: float | None = None, micro_batches: int = 1, **options: Any) -> dict[str, float]:  # fmt: skip
         """Trains on the blocks of steps `first` and on; returns what it took."""
         recipe = self.recipe
         blocks = self.text.blocks(self.seed, first * recipe.batch, steps * recipe.batch)
@@ -146,7 +151,8 @@ class Study:
             trainer = kind(
                 model=model, train_dataset=blocks, optimizers=(optimizer, LambdaLR(optimizer, factor)),
                 args=default_arguments(
-                    log, per_device_train_batch_size=recipe.batch, max_steps=steps, save_strategy="no",
+                    log, per_device_train_batch_size=recipe.batch // micro_batches,
+                    gradient_accumulation_steps=micro_batches, max_steps=steps, save_strategy="no",
                     logging_steps=max(1, steps // 4), disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
                     seed=self.seed, train_sampling_strategy="sequential",
                 ),
@@ -197,13 +203,14 @@ class Study:
         return self.trained(name, make)
 
     def train_on(
-        self, model: Any, name: str, kind: Any = Trainer, lr: float | None = None, gate_lr: float | None = None
-    ) -> dict[str, float]:
+        self, model: Any, name: str, kind: Any = Trainer, lr: float | None = None, gate_lr: float | None = None,
+        micro_batches: int = 1,
+    ) -> dict[str, float]:  # fmt: skip
         """The retrofit phase: from the dense model on."""
         recipe = self.recipe
         return self.phase(
             model, name, recipe.steps, recipe.retrofit_steps, lr or recipe.retrofit_lr,
-            schedule(recipe.retrofit_steps, recipe.warmup // 2), kind, gate_lr,
+            schedule(recipe.retrofit_steps, recipe.warmup // 2), kind, gate_lr, micro_batches,
         )  # fmt: skip
 
     def elastic(self, name: str, variant: Variant) -> Any:
@@ -217,7 +224,7 @@ class Study:
                     freeze(model)
                 with low_rank(model, RANK) if variant.trains == "lora" else nullcontext():
                     lr = variant.lr * recipe.retrofit_lr
-                    return model, self.train_on(model, name, PuppetTrainer, lr, variant.gate_lr)
+                    return model, self.train_on(model, name, PuppetTrainer, lr, variant.gate_lr, variant.micro_batches)
             first, taken = round(variant.dense_share * recipe.steps), dict.fromkeys(("seconds", "flops", "tokens"), 0.0)
             if first:
                 model = self.first_steps(first)
@@ -227,6 +234,7 @@ class Study:
             rest = self.phase(
                 self.wrap(model, variant), name, first, recipe.steps - first, recipe.lr,
                 schedule(recipe.steps, recipe.warmup, first), PuppetTrainer, variant.gate_lr,
+                variant.micro_batches,
             )  # fmt: skip
             return model, {unit: taken[unit] + rest[unit] for unit in taken}
 

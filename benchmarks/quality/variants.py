@@ -18,6 +18,7 @@ class Variant:
         gate_lr: None: the recipe's.
         trains: ``"all"``, ``"gates"`` alone, or ``"lora"``: gates and low-rank changes of the gated matrices.
         lr: times the recipe's rate (retrofit).
+        micro_batches: per step, with masks of their own.
     """
 
     regime: str
@@ -27,6 +28,7 @@ class Variant:
     gate_lr: float | None = None
     trains: str = "all"
     lr: float = 1.0
+    micro_batches: int = 1
 
 
 def retrofit(scores: str | None = None, lr: float = 1.0, trains: str = "all", **options: Any) -> Variant:

@@ -55,8 +55,15 @@ class Choice:
     prefix: bool = False
 
 
-# What a pass is where it is not left to chance: a gated one, or one at the smallest size.
-GATED, SMALLEST = "gated", "smallest"
+@dataclass(frozen=True)
+class Stratum:
+    """A gated pass whose size comes from part `number` of `count` equally likely parts, the largest sizes first."""
+
+    number: int = 0
+    count: int = 1
+
+
+GATED = Stratum()
 
 
 def choose(
@@ -64,23 +71,23 @@ def choose(
     progress: int,
     source: torch.Generator,
     u_at: Callable[[float], float],
-    kind: str | None = None,
+    stratum: Stratum | None = None,
 ) -> Choice:
     """A pass: dense with probability `dense_fraction`, else lambda from `lambda_distribution`, scaled in the warm-up.
 
     Args:
         progress: optimizer steps made.
         u_at: fraction of the gated FLOPs -> u at which the gates keep it; not called under ``"exponential"`` and
-            ``"uniform_u"``, unless `kind` says so.
-        kind: None, `GATED` (never dense) or `SMALLEST` (at `smallest_size`).
+            ``"uniform_u"``.
+        stratum: where the size is drawn from; None: anywhere, and dense passes are drawn too.
     """
     dense, position = torch.rand(2, generator=source, dtype=torch.float64).tolist()
-    if kind is None and dense < config.dense_fraction:
+    if stratum is None and dense < config.dense_fraction:
         return Choice(0.0)
+    if stratum is not None:
+        position = (stratum.number + position) / stratum.count
     fraction = None
-    if kind == SMALLEST:
-        fraction = config.smallest_size
-    elif config.lambda_distribution == "uniform_size":
+    if config.lambda_distribution == "uniform_size":
         fraction = 1.0 - position * (1.0 - config.smallest_size)
     elif config.lambda_distribution == "log_size":
         fraction = config.smallest_size**position

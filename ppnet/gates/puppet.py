@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppnet.gates.config import PuppetConfig
-from ppnet.gates.draw import GATED, Choice, Draw, choose, draw_masks, generator
+from ppnet.gates.draw import GATED, Choice, Draw, Stratum, choose, draw_masks, generator
 from ppnet.gates.forms import Gates
 from ppnet.gates.importance import DEPENDS_ON_LAMBDA
 from ppnet.gates.prefix import prefix_mask
@@ -40,7 +40,7 @@ class Puppet(Gates):
         self.progress = 0
         self.last_lambda = 0.0
         self._lambdas: list[float] = []
-        self._kind: str | None = None
+        self._stratum: Stratum | None = None
         self._tokens = 1_000_000
         self._draw_count: int | None = None
         self._read: tuple[int | None, Tensor] | None = None
@@ -71,16 +71,16 @@ class Puppet(Gates):
     def _choose(self, source: torch.Generator) -> Choice:
         # With frozen weights a dense pass teaches nothing, and its loss has no gradient.
         learns = any(p.requires_grad for name, p in self.root.named_parameters() if not name.startswith("puppet."))
-        return choose(self.config, self.progress, source, self._u_at, self._kind or (None if learns else GATED))
+        return choose(self.config, self.progress, source, self._u_at, self._stratum or (None if learns else GATED))
 
     @contextmanager
-    def drawing(self, kind: str) -> Iterator[None]:
-        """Training passes inside are gated: ``"gated"`` as the config draws them, or ``"smallest"``."""
-        before, self._kind = self._kind, kind
+    def drawing(self, stratum: Stratum) -> Iterator[None]:
+        """Training passes inside are gated, at sizes out of `stratum`."""
+        before, self._stratum = self._stratum, stratum
         try:
             yield
         finally:
-            self._kind = before
+            self._stratum = before
 
     @torch.no_grad()
     def _u_at(self, fraction: float) -> float:

@@ -19,7 +19,7 @@ from transformers import (
 from ppnet.checks import renamed
 from ppnet.errors import PPNetError, TrainingError
 from ppnet.families import is_decoder
-from ppnet.gates.draw import GATED, SMALLEST
+from ppnet.gates.draw import Stratum
 from ppnet.modes import evaluating
 from ppnet.train.callback import DIVERGED_ADVICE, PuppetCallback, refuse_distributed
 from ppnet.train.checkpoint_mixin import CheckpointMixin
@@ -179,8 +179,8 @@ class PuppetTrainerMixin(CheckpointMixin):
             nll, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
         loss, teacher = nll, _logits(outputs) if puppet.config.distill > 0 else None
         self._record("nll", nll * (micro_steps if scaled else 1))
-        for number in range(1, passes + 1):
-            with puppet.drawing(SMALLEST if number == passes > 1 else GATED):
+        for number in range(passes):
+            with puppet.drawing(Stratum(number, passes)):
                 nll, gated = super().compute_loss(model, dict(inputs), True, num_items_in_batch, **kwargs)
             loss = loss + (nll if teacher is None else self._taught(nll, inputs, gated, teacher, num_items_in_batch))
         penalty = puppet.penalty().to(loss.device)
