@@ -258,23 +258,4 @@ class Gates(nn.Module):
             upper = margin
             if step == 0:
                 key[open_] = margin[open_]
-        return self._floored(key) if self.config.even_floor > 0 else key
-
-    def _floored(self, key: Tensor) -> Tensor:
-        """Keys by which every site keeps at least a share of an even split; in every site the order stays.
-
-        A unit comes in at the fraction of the FLOPs at which the gates' order reaches it, or at the one at which the
-        site's floor does, whichever is smaller: ``(U,)`` minus that fraction.
-        """
-        units = torch.tensor([site.units for site in self.structure.sites])
-        each = (self.flops_share.cpu().double() / units)[self.site_of_unit.cpu()]
-        order = key.argsort(descending=True, stable=True)
-        reached = torch.empty_like(key)
-        reached[order] = each[order].cumsum(0)
-        floors = [
-            torch.empty_like(part).scatter_(
-                0, part.argsort(descending=True, stable=True), torch.arange(1, len(part) + 1, dtype=part.dtype)
-            ) / len(part)
-            for part in key.split(units.tolist())
-        ]  # fmt: skip
-        return -torch.minimum(reached, torch.cat(floors) / self.config.even_floor)
+        return key
