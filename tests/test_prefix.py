@@ -142,7 +142,7 @@ def test_strata_part_the_sizes_evenly(distribution):
     # The larger lambda, the smaller the size: parts follow each other, without overlap.
     assert max(parts[0]) < min(parts[1]) and max(parts[1]) < min(parts[2])
     whole = [choose(config, 0, generator(1, number), lambda size: 1 - size, GATED).lambda_ for number in range(600)]
-    assert stats.ks_2samp(sum(parts, []), whole).pvalue > 1e-3
+    assert stats.ks_2samp([value for part in parts for value in part], whole).pvalue > 1e-3
 
 
 def test_frozen_weights_have_no_dense_passes(tmp_path):

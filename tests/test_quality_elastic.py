@@ -104,7 +104,8 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
     from store import read
 
     names = ["dense", "alone", "longer", "matformer", "sandwich", "mama", "mama healed", "sparsegpt",
-             "paper", "retrofit prefix sandwich", "retrofit lora", "retrofit gates alone", "scratch"]  # fmt: skip
+             "paper", "retrofit prefix sandwich 1", "retrofit lora", "retrofit gates alone", "scratch",
+             "retrofit prefix healed 1/4"]  # fmt: skip
     for name in names:
         study().run(name)
     recipe, rows = read(tmp_path / "elastic-tiny.jsonl")
@@ -117,7 +118,7 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
         assert sizes >= set(elastic.FRACTIONS[1:]), name
     assert all(math.isfinite(row["value"]) for row in rows if "fraction" in row)
     taken = {row["run"]: row for row in rows if row.get("what") == "training"}
-    assert taken["retrofit prefix sandwich"]["training_tokens"] == 3 * 4 * 16
+    assert taken["retrofit prefix sandwich 1"]["training_tokens"] == 3 * 4 * 16
     assert taken["scratch"]["training_tokens"] == taken["dense"]["training_tokens"] == 6 * 4 * 16
     assert taken["alone 0.3"]["training_flops"] < 0.8 * taken["dense"]["training_flops"]
     assert taken["sandwich"]["training_flops"] > 1.5 * taken["dense"]["training_flops"]
@@ -138,3 +139,20 @@ def test_the_area_is_that_of_the_curve():
 
     assert area({1.0: 1.5, 0.1: 1.5}) == pytest.approx(1.5)
     assert area({1.0: 1.0, 0.1: 2.0, 0.01: 3.0}) == pytest.approx(2.0)
+
+
+def test_uncertainty_measures_draws_of_trained_gates(study, monkeypatch, tmp_path):
+    import uncertainty
+    from store import Rows, read
+
+    monkeypatch.setattr(uncertainty, "DRAWS", 4)
+    monkeypatch.setattr(uncertainty, "FRESH", 6)
+    rows = Rows(tmp_path / "uncertainty.jsonl", {"subject": "tiny", "draws": 4, "fresh": 6, "level": 0.9})
+    for _ in range(2):
+        uncertainty.measure(study(), "retrofit prefix", rows)
+    assert [row["fraction"] for row in rows.rows] == list(uncertainty.FRACTIONS)
+    for row in rows.rows:
+        # A mixture is never worse than its parts on average (Jensen), by as much as they disagree.
+        assert row["average_nll"] <= row["draws_nll"] and row["mutual_information"] > 0
+        assert {6 * row["covered_params"], 6 * row["covered_perplexity"]} <= set(range(7))
+    assert "| retrofit prefix | 0.3 |" in "\n".join(uncertainty.table(*read(rows.path)))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import elastic
 import scores
+import uncertainty
 import variants
 
-STUDIES = {"scores": scores, "elastic": elastic}
+STUDIES = {"scores": scores, "elastic": elastic, "uncertainty": uncertainty}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,7 +36,8 @@ def main():
             own.add_argument("--sections", nargs="+", choices=scores.SECTIONS, default=[*scores.SECTIONS])
             own.add_argument("--without-healing", action="store_true", help="leave the healed rows for another run")
         else:
-            own.add_argument("--runs", nargs="+", choices=variants.RUNS, default=[*variants.RUNS])
+            known = uncertainty.GATED if name == "uncertainty" else variants.RUNS
+            own.add_argument("--runs", nargs="+", choices=known, default=[*known])
             own.add_argument("--first-seed", type=int, default=0)
     options = parser.parse_args()
     study = STUDIES[options.study]

@@ -349,18 +349,33 @@ class Study:
             def make(fraction: float = fraction) -> Any:
                 plan = ppnet.plan(model, fraction, metric="flops", of="gated", scores=scores)
                 small = ppnet.compact(model, plan, redistribute=data, check=False)
-                if healed:
-                    blocks = self.text.blocks(
-                        self.seed, self.recipe.steps * self.recipe.batch, self.recipe.retrofit_steps * self.recipe.batch
-                    )
-                    ppnet.heal(
-                        small, model, torch.stack([block["input_ids"] for block in blocks]),
-                        steps=self.recipe.retrofit_steps, learning_rate=self.recipe.retrofit_lr,
-                        batch_size=self.recipe.batch, seed=self.seed, progress=False,
-                    )  # fmt: skip
-                return small.eval()
+                return self.healed(small, model, 1.0) if healed else small.eval()
 
             self.row(name, fraction, make)
+
+    def run_healed(self, name: str, run: str, share: float) -> None:
+        """What the gates of `run` keep at every fraction, compacted and healed by the gated model's dense pass."""
+        if self.done(name, FRACTIONS):
+            return
+        model = self.elastic(run, RUNS[run])
+        self.row(name, 1.0, lambda: model)
+        for fraction in FRACTIONS[1:]:
+
+            def make(fraction: float = fraction) -> Any:
+                plan = ppnet.plan(model, fraction, metric="flops", of="gated")
+                return self.healed(ppnet.compact(model, plan, check=False), model, share)
+
+            self.row(name, fraction, make)
+
+    def healed(self, small: Any, teacher: Any, share: float) -> Any:
+        """`small` after a share of the retrofit's steps, on the retrofit's tokens."""
+        recipe, steps = self.recipe, round(share * self.recipe.retrofit_steps)
+        blocks = self.text.blocks(self.seed, recipe.steps * recipe.batch, recipe.retrofit_steps * recipe.batch)
+        ppnet.heal(
+            small, teacher, torch.stack([block["input_ids"] for block in blocks]), steps=steps,
+            learning_rate=recipe.retrofit_lr, batch_size=recipe.batch, seed=self.seed, progress=False,
+        )  # fmt: skip
+        return small.eval()
 
     def run_masks(self, name: str) -> None:
         model, data = self.dense(), self.calibration()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -52,39 +52,50 @@ ANCHORS: dict[str, Any] = {
     **{f"{method} healed": ("run_cut", method, True) for method in ("magnitude", "activation", "mama")},
 }
 PREFIX = {"prefix_fraction": 1.0}
+LOG = {"lambda_distribution": "log_size"}
 VARIANTS: dict[str, Any] = {
     # What a unit's importance is.
     "retrofit": retrofit(),
     "retrofit mama": retrofit("mama"),
     "retrofit activation": retrofit("activation"),
-    # How masks and sizes are drawn.
+    # How masks and sizes are drawn. "retrofit prefix" is what the rows below change one thing of.
     "retrofit prefix": retrofit("mama", **PREFIX),
+    "retrofit prefix scale-free": retrofit(**PREFIX),
     "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
-    "retrofit prefix log": retrofit("mama", **PREFIX, lambda_distribution="log_size"),
+    "retrofit prefix log": retrofit("mama", **PREFIX, **LOG),
     "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
+    "retrofit prefix micro 4": replace(retrofit("mama", **PREFIX), micro_batches=4),
     # How sizes are shared out over layers.
     "retrofit shared": retrofit("mama", hierarchy="shared"),
     "retrofit prefix shared": retrofit("mama", **PREFIX, hierarchy="shared"),
-    "retrofit prefix shared log": retrofit("mama", **PREFIX, hierarchy="shared", lambda_distribution="log_size"),
+    "retrofit prefix shared log": retrofit("mama", **PREFIX, hierarchy="shared", **LOG),
+    "retrofit prefix pooled": retrofit("mama", **PREFIX, hierarchy="pooled"),
+    "retrofit prefix even": replace(retrofit("mama", **PREFIX, hierarchy="shared"), gate_lr=1e-12),
     # How many passes a step has.
-    "retrofit sandwich": retrofit("mama", sandwich=1),
-    "retrofit prefix sandwich": retrofit("mama", **PREFIX, sandwich=1),
+    "retrofit prefix sandwich 1": retrofit("mama", **PREFIX, sandwich=1),
     "retrofit prefix sandwich 2": retrofit("mama", **PREFIX, sandwich=2),
+    "retrofit prefix log sandwich 3": retrofit("mama", **PREFIX, **LOG, sandwich=3),
     # What the gated passes learn from, and how fast.
     "retrofit prefix distill 0": retrofit("mama", **PREFIX, distill=0.0),
     "retrofit prefix distill 1": retrofit("mama", **PREFIX, distill=1.0),
     "retrofit prefix lr x2": retrofit("mama", lr=2.0, **PREFIX),
+    "retrofit prefix gate lr 0.01": replace(retrofit("mama", **PREFIX), gate_lr=0.01),
+    "retrofit prefix no penalty": retrofit("mama", **PREFIX, penalty=0.0),
+    "retrofit prefix penalty x4": retrofit("mama", **PREFIX, penalty=2.0),
     "retrofit prefix no amplitudes": retrofit("mama", **PREFIX, amplitudes=False),
     "retrofit prefix exact": retrofit("mama", **PREFIX, gate_gradient="exact"),
     "retrofit prefix cold": retrofit("mama", **PREFIX, temperature=0.25),
     # What learns.
     "retrofit gates alone": retrofit("mama", trains="gates", **PREFIX),
     "retrofit lora": retrofit("mama", trains="lora", **PREFIX),
+    # Every size trained on by itself, after the gates.
+    "retrofit prefix healed": ("run_healed", "retrofit prefix", 1.0),
+    "retrofit prefix healed 1/4": ("run_healed", "retrofit prefix", 0.25),
+    "retrofit prefix sandwich 2 healed": ("run_healed", "retrofit prefix sandwich 2", 1.0),
     # From scratch.
     "scratch": scratch(0.6),
     "scratch prefix": scratch(0.6, "mama", **PREFIX),
-    "scratch prefix 0.4": scratch(0.4, "mama", **PREFIX),
-    "scratch prefix log": scratch(0.6, "mama", **PREFIX, lambda_distribution="log_size"),
-    "scratch prefix sandwich": scratch(0.6, "mama", **PREFIX, sandwich=1),
+    "scratch prefix 0.8": scratch(0.8, "mama", **PREFIX),
+    "scratch prefix 0.8 sandwich 2": scratch(0.8, "mama", **PREFIX, sandwich=2),
 }
 RUNS = ANCHORS | VARIANTS
