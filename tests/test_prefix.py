@@ -102,6 +102,16 @@ def test_exponential_prefixes_have_the_expected_size():
         assert expected - float(costs.max()) - 1e-6 < size <= max(expected, firsts) + 1e-6
 
 
+def test_prefixes_of_the_warm_up_have_the_size_of_the_scaled_lambda():
+    puppet = puppet_of(prefix_fraction=1.0, dense_fraction=0.0, lambda_distribution="uniform_size", lambda_warmup=100)
+    counts = torch.bincount(puppet.site_of_unit)
+    costs = (puppet.flops_share / counts)[puppet.site_of_unit]
+    cold = [float(costs[puppet.draw().mask].sum()) for _ in range(20)]
+    puppet.progress = 99
+    warm = [float(costs[puppet.draw().mask].sum()) for _ in range(20)]
+    assert min(cold) > 0.8 and min(warm) < 0.5
+
+
 def test_half_of_the_gated_passes_can_be_prefixes():
     config = PuppetConfig(prefix_fraction=0.5)
     drawn = [choose(config, 0, generator(0, number), lambda size: 0.5) for number in range(3000)]

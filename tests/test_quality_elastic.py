@@ -31,10 +31,11 @@ class Tokenizer:
 def study(monkeypatch, tmp_path):
     """A study of a model of 2 layers, 6 steps long, on random tokens."""
     import elastic
+    import recipe as recipes
     import text
     from store import Rows
 
-    recipe = elastic.Recipe(width=32, neurons=96, layers=2, heads=8, length=16, batch=4, steps=6, retrofit_steps=3,
+    recipe = recipes.Recipe(width=32, neurons=96, layers=2, heads=8, length=16, batch=4, steps=6, retrofit_steps=3,
                             warmup=2, calibration=8)  # fmt: skip
     ids = token_ids(batch=70, length=16)
     monkeypatch.setitem(elastic.SUBJECTS, "tiny", recipe)
@@ -54,13 +55,13 @@ def test_blocks_go_through_every_epoch_once():
 
 
 def test_a_model_alone_costs_its_fraction():
-    import elastic
+    from recipe import FRACTIONS, SUBJECTS, new_model, widths
 
-    recipe = elastic.SUBJECTS["tiny"]
-    whole = elastic.new_model(recipe, 512, 0)
+    recipe = SUBJECTS["tiny"]
+    whole = new_model(recipe, 512, 0)
     gated = cost_model(whole, structure_of(whole)).dense.flops - fixed(whole)
-    for fraction in elastic.FRACTIONS:
-        small = elastic.new_model(recipe, 512, 0, *elastic.widths(recipe, fraction))
+    for fraction in FRACTIONS:
+        small = new_model(recipe, 512, 0, *widths(recipe, fraction))
         own = cost_model(small, structure_of(small)).dense.flops - fixed(whole)
         neuron = 3 / (4 * recipe.width + 3 * recipe.neurons)
         assert own / gated == pytest.approx(fraction, abs=0.51 * neuron)
@@ -72,10 +73,10 @@ def fixed(model):
 
 
 def test_training_flops_are_those_of_the_kept_units():
-    import elastic
+    from recipe import Meter
 
     model = wrap(tiny("llama"), ppnet.PuppetConfig(dense_fraction=0.0, gate_gradient="exact")).train()
-    meter, ids = elastic.Meter(model), token_ids(batch=2, length=8)
+    meter, ids = Meter(model), token_ids(batch=2, length=8)
     kept = []
     handle = model.register_forward_pre_hook(lambda *_: kept.extend(len(a.computed) for a in engine_of(model).active))
     model(ids)

@@ -10,7 +10,14 @@ from typing import Any
 
 from ppnet.reporting.style import LIGHT, canvas, headline, labels, legend, log_scale
 
-PLOTTED = ("alone", "paper", "matformer", "mama healed", "retrofit", "retrofit prefix", "scratch")
+PLOTTED = ("alone", "paper", "matformer", "mama healed", "retrofit prefix healed", "retrofit prefix", "scratch prefix")
+# Ways to spend more or less on the gate phase.
+TRADED = (
+    "retrofit prefix", "retrofit prefix log", "retrofit prefix dense 0.1", "retrofit prefix distill 0",
+    "retrofit prefix exact", "retrofit prefix sandwich 1", "retrofit prefix sandwich 2",
+    "retrofit prefix log sandwich 3",
+)  # fmt: skip
+LARGE = 0.3  # sizes from here up are the first panel's
 HIGHEST = 4.0  # of the plot
 Rows = list[dict[str, Any]]
 
@@ -98,4 +105,37 @@ def plot(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path:
     headline(axis, LIGHT, f"{recipe['subject']}: quality at every size, equal tokens")
     labels(axis, LIGHT, "fraction of the gated FLOPs", "perplexity / dense model without gates")
     legend(axis, LIGHT)
+    figure.savefig(path)
+
+
+def above_alone(rows: Rows, run: str, fractions: tuple[float, ...]) -> float:
+    """Mean over sizes and seeds of the per cent of NLL above the dense model of that size trained alone."""
+    found = []
+    for fraction in fractions:
+        alone = values(rows, "alone", fraction)
+        own = values(rows, run, fraction)
+        found += [100 * (own[seed] / alone[seed] - 1) for seed in own.keys() & alone.keys()]
+    return statistics.mean(found)
+
+
+def plot_trade(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path: Path) -> None:
+    """Quality against what the gate phase costs, large and small sizes apart."""
+    whole = training(rows, "dense", "training_flops")
+    runs = [run for run in TRADED if training(rows, run, "training_flops") is not None]
+    if not runs or not whole:
+        return
+    figure, axes = canvas(LIGHT, height=7.2, rows=2)
+    parts = [fraction for fraction in fractions if fraction >= LARGE], [f for f in fractions if f < LARGE]
+    for axis, part in zip(axes, parts, strict=True):
+        for number, run in enumerate(runs):
+            x = 100 * (training(rows, run, "training_flops") or 0.0) / whole
+            y = above_alone(rows, run, tuple(part))
+            axis.plot(x, y, "o", color=LIGHT.main)
+            axis.annotate(
+                run.removeprefix("retrofit "), (x, y), (6, 4 if number % 2 else -10), textcoords="offset points",
+                fontsize=8.5, color=LIGHT.ink,
+            )  # fmt: skip
+        axis.margins(x=0.25, y=0.2)
+        headline(axis, LIGHT, f"sizes {part[0]:g} to {part[-1]:g}: what the gate phase buys")
+        labels(axis, LIGHT, "training FLOPs of the gate phase, % of the dense model's", "NLL above alone, %")
     figure.savefig(path)

@@ -64,6 +64,7 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
     "retrofit prefix log": retrofit("mama", **PREFIX, **LOG),
     "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
+    "retrofit prefix warm-up": retrofit("mama", **PREFIX, lambda_warmup=40),
     "retrofit prefix micro 4": replace(retrofit("mama", **PREFIX), micro_batches=4),
     # How sizes are shared out over layers.
     "retrofit shared": retrofit("mama", hierarchy="shared"),
@@ -88,10 +89,11 @@ VARIANTS: dict[str, Any] = {
     # What learns.
     "retrofit gates alone": retrofit("mama", trains="gates", **PREFIX),
     "retrofit lora": retrofit("mama", trains="lora", **PREFIX),
-    # Every size trained on by itself, after the gates.
-    "retrofit prefix healed": ("run_healed", "retrofit prefix", 1.0),
-    "retrofit prefix healed 1/4": ("run_healed", "retrofit prefix", 0.25),
-    "retrofit prefix sandwich 2 healed": ("run_healed", "retrofit prefix sandwich 2", 1.0),
+    # What is done to every size by itself, after the gates.
+    "retrofit prefix redistributed": ("run_deployed", "retrofit prefix", 0.0, True),
+    "retrofit prefix healed": ("run_deployed", "retrofit prefix", 1.0),
+    "retrofit prefix healed 1/4": ("run_deployed", "retrofit prefix", 0.25),
+    "retrofit prefix sandwich 2 healed": ("run_deployed", "retrofit prefix sandwich 2", 1.0),
     # From scratch.
     "scratch": scratch(0.6),
     "scratch prefix": scratch(0.6, "mama", **PREFIX),

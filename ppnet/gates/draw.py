@@ -99,8 +99,9 @@ def choose(
         lambda_ = u / (1.0 - u)
     else:
         lambda_ = -math.log1p(-position) / float(config.lambda_rate or 1.0)
-    if config.lambda_warmup > 0:
-        lambda_ *= min(1.0, (progress + 1) / config.lambda_warmup)
+    if progress + 1 < config.lambda_warmup:
+        # The size is then the scaled lambda's, not the drawn one.
+        lambda_, fraction = lambda_ * (progress + 1) / config.lambda_warmup, None
     prefix = config.prefix_fraction > 0 and float(torch.rand((), generator=source)) < config.prefix_fraction
     return Choice(lambda_, fraction, prefix)
 
