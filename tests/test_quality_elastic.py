@@ -100,8 +100,8 @@ def test_prefixes_are_the_first_units_of_every_layer(study):
 
 
 def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
-    import elastic
     from elastic_table import plot, table
+    from recipe import FRACTIONS
     from store import read
 
     names = ["dense", "alone", "longer", "matformer", "sandwich", "mama", "mama healed", "sparsegpt",
@@ -116,7 +116,7 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
     assert (tmp_path / "elastic-tiny.jsonl").read_text() == before
     for name in names[3:]:
         sizes = {row["fraction"] for row in rows if row["run"] == name and "fraction" in row}
-        assert sizes >= set(elastic.FRACTIONS[1:]), name
+        assert sizes >= set(FRACTIONS[1:]), name
     assert all(math.isfinite(row["value"]) for row in rows if "fraction" in row)
     taken = {row["run"]: row for row in rows if row.get("what") == "training"}
     assert taken["retrofit prefix sandwich 1"]["training_tokens"] == 3 * 4 * 16
@@ -129,9 +129,9 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
     recipe |= {
         name: 1 for name in ("width", "neurons", "layers", "heads", "steps", "batch", "length", "retrofit_steps")
     }
-    text = table(recipe, rows, elastic.FRACTIONS)
+    text = table(recipe, rows, FRACTIONS)
     assert "| alone (1) |" in text and "| mama healed (1) |" in text and "| sandwich (1) |" in text
-    plot(recipe, rows, elastic.FRACTIONS, tmp_path / "elastic.png")
+    plot(recipe, rows, FRACTIONS, tmp_path / "elastic.png")
     assert (tmp_path / "elastic.png").stat().st_size > 10_000
 
 

@@ -8,7 +8,6 @@ for a fifth of its tokens; "longer" is the dense model trained on as long withou
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +21,9 @@ import torch
 from elastic_table import plot, plot_trade, table
 from low_rank import freeze, low_rank
 from nested import NestedTrainer, first_units
-from recipe import FRACTIONS, SMALLEST, SUBJECTS, Meter, new_model, schedule, widths
+from recipe import SUBJECTS, Meter, new_model, schedule, widths
 from store import Rows, read
+from subjects import pretrained
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
@@ -97,6 +97,8 @@ class Study:
         return {unit: row[f"training_{unit}"] for unit in ("seconds", "flops", "tokens")}
 
     def dense(self) -> Any:
+        if self.recipe.pretrained:
+            return pretrained(self.recipe.pretrained, self.folder.parent)
         return self.first_steps(self.recipe.steps, "dense")
 
     def first_steps(self, steps: int, name: str | None = None) -> Any:
@@ -150,7 +152,9 @@ class Study:
 
     def wrap(self, model: Any, variant: Variant) -> Any:
         scores = self.scores(model, variant.scores) if variant.scores else None
-        config = ppnet.PuppetConfig(**{"seed": self.seed, "smallest_size": SMALLEST, **variant.options})
+        config = ppnet.PuppetConfig(
+            **{"seed": self.seed, "smallest_size": self.recipe.fractions[-1], **variant.options}
+        )
         ppnet.wrap(model, config, scores=scores)
         return model
 
@@ -169,7 +173,7 @@ class Study:
 
     def sizes(self, name: str, model: Any, plan: Callable[[Any, float], ppnet.Plan] | None = None) -> None:
         """A gated model at every fraction, in place."""
-        for fraction in FRACTIONS:
+        for fraction in self.recipe.fractions:
 
             def resized(fraction: float = fraction) -> Any:
                 if plan is not None:
@@ -194,7 +198,7 @@ class Study:
     def run(self, name: str) -> None:
         variant = RUNS[name]
         if isinstance(variant, Variant):
-            if not self.done(name, FRACTIONS):
+            if not self.done(name, self.recipe.fractions):
                 self.sizes(name, self.elastic(name, variant))
         else:
             getattr(self, variant[0])(name, *variant[1:])
@@ -215,7 +219,7 @@ class Study:
     def run_alone(self, name: str) -> None:
         recipe = self.recipe
         self.row(name, 1.0, self.dense)
-        for fraction in FRACTIONS[1:]:
+        for fraction in self.recipe.fractions[1:]:
 
             def make(fraction: float = fraction) -> Any:
                 model = new_model(recipe, len(self.text.tokenizer), self.seed, *widths(recipe, fraction))
@@ -231,7 +235,7 @@ class Study:
             )
 
     def run_nested(self, name: str, rule: str) -> None:
-        if self.done(name, FRACTIONS):
+        if self.done(name, self.recipe.fractions):
             return
 
         def make() -> Any:
@@ -240,7 +244,7 @@ class Study:
             ppnet.wrap(model, ppnet.PuppetConfig(amplitudes=False, seed=self.seed))
             taken = self.phase(
                 model, name, 0, recipe.steps, recipe.lr, schedule(recipe.steps, recipe.warmup), kind=NestedTrainer,
-                rule=rule, smallest=SMALLEST,
+                rule=rule, smallest=recipe.fractions[-1],
             )  # fmt: skip
             engine_of(model).fix(None)
             return model, taken
@@ -248,11 +252,11 @@ class Study:
         self.sizes(name, self.trained(name, make), first_units)
 
     def run_cut(self, name: str, method: str, healed: bool) -> None:
-        if self.done(name, FRACTIONS[1:]):
+        if self.done(name, self.recipe.fractions[1:]):
             return
         model = self.dense()
         scores, data = self.scores(model, method), self.calibration()
-        for fraction in FRACTIONS[1:]:
+        for fraction in self.recipe.fractions[1:]:
 
             def make(fraction: float = fraction) -> Any:
                 plan = ppnet.plan(model, fraction, metric="flops", of="gated", scores=scores)
@@ -268,11 +272,11 @@ class Study:
             share: of the retrofit's steps that every size is healed for; 0: not healed.
             redistribute: whether the outputs of what is removed are moved to what is kept (least squares).
         """
-        if self.done(name, FRACTIONS):
+        if self.done(name, self.recipe.fractions):
             return
         model, data = self.elastic(run, RUNS[run]), self.calibration() if redistribute else None
         self.row(name, 1.0, lambda: model)
-        for fraction in FRACTIONS[1:]:
+        for fraction in self.recipe.fractions[1:]:
 
             def make(fraction: float = fraction) -> Any:
                 plan = ppnet.plan(model, fraction, metric="flops", of="gated")
@@ -293,13 +297,13 @@ class Study:
 
     def run_masks(self, name: str) -> None:
         model, data = self.dense(), self.calibration()
-        for fraction in FRACTIONS[1:]:
+        for fraction in self.recipe.fractions[1:]:
             self.row(name, fraction, lambda fraction=fraction: masks.masked(model, data, name, 1 - fraction))
 
 
 def main(options: Any) -> None:
     for subject in options.subjects:
-        recipe = {"study": "elastic", "subject": subject, **dataclasses.asdict(SUBJECTS[subject])}
+        recipe = {"study": "elastic", "subject": subject, **SUBJECTS[subject].about()}
         rows = Rows(options.out / f"elastic-{subject}.jsonl", recipe)
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             study = Study(subject, rows, options.models, seed)
@@ -312,10 +316,11 @@ def tabulate(options: Any) -> None:
     for subject in options.subjects:
         path = options.out / f"elastic-{subject}.jsonl"
         if path.exists():
-            recipe, rows = read(path)
-            parts.append(table(recipe, rows, FRACTIONS))
-            plot(recipe, rows, FRACTIONS, options.out / f"elastic-{subject}.png")
-            plot_trade(recipe, rows, FRACTIONS, options.out / f"elastic-{subject}-cost.png")
+            (recipe, rows), fractions = read(path), SUBJECTS[subject].fractions
+            parts.append(table(recipe, rows, fractions))
+            plot(recipe, rows, fractions, options.out / f"elastic-{subject}.png")
+            if any(row["run"] == "alone" for row in rows):
+                plot_trade(recipe, rows, fractions, options.out / f"elastic-{subject}-cost.png")
     text_ = "\n".join(["# Elasticity", "", "Written by `python benchmarks/quality elastic --table`.", "", *parts])
     (options.out / "elastic.md").write_text(text_)
     print(text_)

@@ -15,7 +15,6 @@ from ppnet.cost import cost_model
 from ppnet.wrap import engine_of, is_wrapped, structure_for
 
 FRACTIONS = (1.0, 0.6, 0.4, 0.3, 0.2, 0.13, 0.09, 0.057)
-SMALLEST = FRACTIONS[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Recipe:
 
     Attributes:
         text: `text.load`.
+        pretrained: a model that stands for the dense one, with no models alone beside it: ``"stories260K"``
+            (../shared) or ``"stories5m"`` (`subjects.train_stories_model`); None: a model of the shape below.
         retrofit_steps: of the phase that begins at the dense model.
         lr, retrofit_lr: peak learning rates of the weights; warm-up, then a cosine to a tenth.
         gate_lr: peak learning rate of the gates.
@@ -44,13 +45,26 @@ class Recipe:
     retrofit_lr: float = 1e-3
     gate_lr: float = 0.05
     calibration: int = 96
+    pretrained: str | None = None
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """Of the gated FLOPs; a KV group and a neuron per layer of the pretrained models are 0.06 and 0.07."""
+        return FRACTIONS[:-1] if self.pretrained else FRACTIONS
+
+    def about(self) -> dict[str, Any]:
+        """What is kept with the rows: the fields that say something."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 SUBJECTS = {
     "tiny": Recipe(),
     "long": Recipe(steps=3000, retrofit_steps=600, warmup=60),
     "library": Recipe(text="library"),
-    "5M": Recipe(width=256, neurons=832, layers=6),
+    "stories260K": Recipe(width=64, neurons=172, layers=5, length=256, retrofit_steps=300, pretrained="stories260K"),
+    "stories5M": Recipe(
+        width=256, neurons=832, layers=6, length=256, batch=16, steps=1000, retrofit_steps=200, pretrained="stories5m"
+    ),
 }
 
 

@@ -80,6 +80,14 @@ def train_stories_model(folder):
     ppnet.save(model.eval(), folder, tokenizer)
 
 
+def pretrained(name, models):
+    """A trained model of TinyStories: ``"stories260K"``, or ``"stories5m"`` out of the folder `models`."""
+    if name == "stories5m":
+        train_stories_model(models / name)
+    folder = SHARED / "models" / name if name == "stories260K" else models / name
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 class Stories:
     """A language model of TinyStories; NLL in nats per token of held-out stories, each from its beginning.
 

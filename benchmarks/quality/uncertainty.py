@@ -7,7 +7,6 @@ and the share of fresh draws in the 90 % intervals of parameters and perplexity.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from typing import Any
@@ -25,7 +24,7 @@ GATED = {name: variant for name, variant in RUNS.items() if isinstance(variant, 
 
 def main(options: Any) -> None:
     for subject in options.subjects:
-        recipe = dataclasses.asdict(SUBJECTS[subject])
+        recipe = SUBJECTS[subject].about()
         about = {"study": "uncertainty", "subject": subject, "draws": DRAWS, "fresh": FRESH, "level": LEVEL, **recipe}
         rows = Rows(options.out / f"uncertainty-{subject}.jsonl", about)
         trained = Rows(options.out / f"elastic-{subject}.jsonl", {"study": "elastic", "subject": subject, **recipe})
