@@ -240,22 +240,17 @@ class Gates(nn.Module):
             importance: the `importance_curve`, where the caller has it.
         """
         importance = importance or self.importance_curve()
-        key = torch.empty(self.structure.total_units, dtype=torch.float64)
-        upper: Tensor | None = None
-        open_ = torch.ones(self.structure.total_units, dtype=torch.bool)
-        for step in range(points, -1, -1):
+        # On the gates' device, and moved once: training asks for the order at every prefix mask.
+        upper = self._margin(1.0, importance)
+        key = torch.where(upper > 0, 1.0 + upper, torch.nan)
+        for step in range(points - 1, -1, -1):
             u = step / points
-            margin = (self.gate_amplitude(u) * importance(u) - self.threshold(u)[self.site_of_unit]).double().cpu()
-            inside = open_ & (margin > 0)
-            if upper is None:
-                key[inside] = 1.0 + margin[inside]
-            else:
-                share = margin[inside] / (margin[inside] - upper[inside])
-                key[inside] = u + share / points
-            open_ &= ~inside
-            if not open_.any():
-                break
+            margin = self._margin(u, importance)
+            closing = u + margin / (margin - upper) / points
+            key = torch.where(key.isnan() & (margin > 0), closing, key)
             upper = margin
-            if step == 0:
-                key[open_] = margin[open_]
-        return key
+        return torch.where(key.isnan(), upper, key).cpu()
+
+    def _margin(self, u: float, importance: Callable[[float], Tensor]) -> Tensor:
+        """f^gate * importance - tau at u: float64 ``(U,)``; a unit is kept where it is positive."""
+        return (self.gate_amplitude(u) * importance(u) - self.threshold(u)[self.site_of_unit]).double()

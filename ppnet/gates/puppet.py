@@ -45,6 +45,7 @@ class Puppet(Gates):
         self._draw_count: int | None = None
         self._read: tuple[int | None, Tensor] | None = None
         self._solved: tuple[tuple[int, float], float] | None = None
+        self._unit_costs: Tensor | None = None
         self._modules_read: list[nn.Linear | Conv1D] | None = None
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=self.flops_share.device))
 
@@ -118,9 +119,10 @@ class Puppet(Gates):
 
     @torch.no_grad()
     def _prefix_mask(self, fraction: float) -> Tensor:
-        counts = torch.tensor([site.units for site in self.structure.sites])
-        costs = (self.flops_share.cpu().double() / counts)[self.site_of_unit.cpu()]
-        return prefix_mask(self.order_key(_TRAINING_POINTS), costs, fraction, self.structure.offsets())
+        if self._unit_costs is None:
+            counts = torch.tensor([site.units for site in self.structure.sites])
+            self._unit_costs = (self.flops_share.cpu().double() / counts).repeat_interleave(counts)
+        return prefix_mask(self.order_key(_TRAINING_POINTS), self._unit_costs, fraction, self.structure.offsets())
 
     def _training_importance(self, u: float) -> Tensor:
         """Importance in a training pass: with its graph where it trains; else read once per draw (and its penalty)."""
