@@ -120,6 +120,18 @@ def test_half_of_the_gated_passes_can_be_prefixes():
     assert abs(sum(choice.prefix for choice in gated) - len(gated) / 2) < 4 * math.sqrt(len(gated) / 4)
 
 
+def test_prefixes_can_take_over_from_draws():
+    config = PuppetConfig(prefix_fraction=0.8, prefix_warmup=100, dense_fraction=0.0)
+
+    def share(progress):
+        drawn = [choose(config, progress, generator(0, number), lambda size: 0.5) for number in range(2000)]
+        return sum(choice.prefix for choice in drawn) / len(drawn)
+
+    assert share(0) < 0.03
+    assert abs(share(49) - 0.4) < 4 * math.sqrt(0.24 / 2000)
+    assert abs(share(99) - 0.8) < 4 * math.sqrt(0.16 / 2000) and abs(share(500) - 0.8) < 4 * math.sqrt(0.16 / 2000)
+
+
 def test_draws_without_prefixes_are_those_of_a_model_that_knows_none():
     before = [choose(PuppetConfig(), 0, generator(0, number), lambda size: size) for number in range(50)]
     after = [
@@ -236,6 +248,7 @@ def test_a_sandwich_refuses_activation_checkpointing(tmp_path):
     "options, message",
     [
         ({"prefix_fraction": 1.5}, r"prefix_fraction: 1\.5 must be in \[0, 1\]"),
+        ({"prefix_warmup": -5}, r"prefix_warmup: -5 must be >= 0"),
         ({"sandwich": -1}, r"sandwich: -1 must be >= 0"),
         ({"sandwich": 1.5}, r"sandwich: 1\.5 must be an integer"),
         ({"lambda_distribution": "log"}, "lambda_distribution: 'log' is not known"),

@@ -63,7 +63,7 @@ SUBJECTS = {
     "library": Recipe(text="library"),
     "stories260K": Recipe(width=64, neurons=172, layers=5, length=256, retrofit_steps=300, pretrained="stories260K"),
     "stories5M": Recipe(
-        width=256, neurons=832, layers=6, length=256, batch=16, steps=1000, retrofit_steps=200, pretrained="stories5m"
+        width=256, neurons=832, layers=6, length=256, batch=16, steps=1000, retrofit_steps=100, pretrained="stories5m"
     ),
 }
 

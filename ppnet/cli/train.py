@@ -33,8 +33,8 @@ DENSE = "dense"  # subfolder of the dense phase
 # How gates train, not what they are: these options may change when gates are trained further.
 CHANGEABLE = (
     "gate_gradient", "sampled_fraction", "dense_fraction", "lambda_distribution", "lambda_rate", "u_max",
-    "smallest_size", "lambda_warmup", "prefix_fraction", "sandwich", "penalty", "distill", "distill_temperature",
-    "gate_lr", "decay_gates", "seed",
+    "smallest_size", "lambda_warmup", "prefix_fraction", "prefix_warmup", "sandwich", "penalty", "distill",
+    "distill_temperature", "gate_lr", "decay_gates", "seed",
 )  # fmt: skip
 
 

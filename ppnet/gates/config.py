@@ -64,6 +64,8 @@ class PuppetConfig:
         smallest_size: lower end of the fractions of ``"uniform_size"`` and ``"log_size"``.
         prefix_fraction: probability that a gated pass keeps, instead of a Bernoulli draw, the units that
             `ppnet.plan` would keep at the drawn size: a prefix of the gates' order (DESIGN section 2), as deployed.
+        prefix_warmup: optimizer steps over which that probability rises linearly from 0: draws find the order, then
+            prefixes train it.
         sandwich: 0: every micro-batch is one pass. n > 0: a dense pass and n gated ones, which learn from the dense
             one's logits (`distill`); their sizes come from n equally likely parts of `lambda_distribution`, one from
             each (after the sandwich rule of Yu & Huang 2019, arXiv 1903.05134). `dense_fraction` is unused then.
@@ -102,6 +104,7 @@ class PuppetConfig:
     smallest_size: float = 0.05
     lambda_warmup: int = 0
     prefix_fraction: float = 0.0
+    prefix_warmup: int = 0
     sandwich: int = 0
     penalty: float | None = None
     distill: float | None = None
@@ -169,6 +172,7 @@ class PuppetConfig:
         self._check_range("pooled_scale", self.pooled_scale > 0, "> 0")
         self._check_range("penalty", self.penalty is not None and self.penalty >= 0, ">= 0")
         self._check_range("prefix_fraction", 0 <= self.prefix_fraction <= 1, "in [0, 1]")
+        self._check_range("prefix_warmup", self.prefix_warmup >= 0, ">= 0")
         self._check_range("sandwich", self.sandwich >= 0, ">= 0")
         self._check_range("lambda_warmup", self.lambda_warmup >= 0, ">= 0")
         self._check_range("gate_lr", self.gate_lr is None or self.gate_lr >= 0, ">= 0")

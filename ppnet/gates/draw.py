@@ -102,7 +102,8 @@ def choose(
     if progress + 1 < config.lambda_warmup:
         # The size is then the scaled lambda's, not the drawn one.
         lambda_, fraction = lambda_ * (progress + 1) / config.lambda_warmup, None
-    prefix = config.prefix_fraction > 0 and float(torch.rand((), generator=source)) < config.prefix_fraction
+    share = config.prefix_fraction * min(1.0, (progress + 1) / max(1, config.prefix_warmup))
+    prefix = share > 0 and float(torch.rand((), generator=source)) < share
     return Choice(lambda_, fraction, prefix)
 
 
