@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
+from transformers import Trainer
 
 import ppnet
 from ppnet.errors import PPNetError, TrainingError
 from ppnet.gates import PuppetConfig
 from ppnet.gates.draw import GATED, Stratum, choose, generator
 from ppnet.gates.prefix import prefix_mask
-from ppnet.train import PuppetTrainer, default_arguments, text_blocks
+from ppnet.train import PuppetCallback, PuppetTrainer, default_arguments, text_blocks
 from ppnet.wrap import wrap
 
 
@@ -120,11 +121,15 @@ def test_half_of_the_gated_passes_can_be_prefixes():
     assert abs(sum(choice.prefix for choice in gated) - len(gated) / 2) < 4 * math.sqrt(len(gated) / 4)
 
 
-def test_prefixes_can_take_over_from_draws():
-    config = PuppetConfig(prefix_fraction=0.8, prefix_warmup=100, dense_fraction=0.0)
+@pytest.mark.parametrize("warmup, total", [(100, None), (0.5, 200)])
+def test_prefixes_can_take_over_from_draws(warmup, total):
+    config = PuppetConfig(prefix_fraction=0.8, prefix_warmup=warmup, dense_fraction=0.0)
 
     def share(progress):
-        drawn = [choose(config, progress, generator(0, number), lambda size: 0.5) for number in range(2000)]
+        drawn = [
+            choose(config, progress, generator(0, number), lambda size: 0.5, total_steps=total)
+            for number in range(2000)
+        ]
         return sum(choice.prefix for choice in drawn) / len(drawn)
 
     assert share(0) < 0.03
@@ -186,6 +191,17 @@ def trainer(model, folder: Path, **options):
     blocks = text_blocks(torch.arange(3, 3 + 8 * 80) % 90 + 3, None, 16, progress=False)
     arguments = default_arguments(folder, max_steps=2, per_device_train_batch_size=2, use_cpu=True, **options)
     return PuppetTrainer(model=model, args=arguments, train_dataset=blocks)
+
+
+@pytest.mark.parametrize("kind", [PuppetTrainer, Trainer])
+def test_trainers_say_how_far_they_are(tmp_path, kind):
+    model = wrap(tiny("llama"), PuppetConfig(prefix_fraction=1.0, prefix_warmup=0.5))
+    assert model.puppet.total_steps is None
+    blocks = text_blocks(torch.arange(3, 3 + 8 * 80) % 90 + 3, None, 16, progress=False)
+    arguments = default_arguments(tmp_path, max_steps=4, per_device_train_batch_size=2, use_cpu=True)
+    callbacks = [] if kind is PuppetTrainer else [PuppetCallback()]
+    kind(model=model, args=arguments, train_dataset=blocks, callbacks=callbacks).train()
+    assert model.puppet.progress == 3 and model.puppet.total_steps == 4
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])

@@ -129,7 +129,7 @@ class Study:
         def make() -> Any:
             recipe = self.recipe
             if variant.regime == "retrofit":
-                model = self.wrap(self.dense(), variant, recipe.retrofit_steps)
+                model = self.wrap(self.dense(), variant)
                 if variant.trains == "gates":
                     freeze(model)
                 with low_rank(model, RANK) if variant.trains == "lora" else nullcontext():
@@ -142,7 +142,7 @@ class Study:
             else:
                 model = new_model(recipe, len(self.text.tokenizer), self.seed)
             rest = self.phase(
-                self.wrap(model, variant, recipe.steps - first), name, first, recipe.steps - first, recipe.lr,
+                self.wrap(model, variant), name, first, recipe.steps - first, recipe.lr,
                 schedule(recipe.steps, recipe.warmup, first), PuppetTrainer, variant.gate_lr,
                 variant.micro_batches,
             )  # fmt: skip
@@ -150,11 +150,9 @@ class Study:
 
         return self.trained(name, make)
 
-    def wrap(self, model: Any, variant: Variant, steps: int) -> Any:
+    def wrap(self, model: Any, variant: Variant) -> Any:
         scores = self.scores(model, variant.scores) if variant.scores else None
         own = {"seed": self.seed, "smallest_size": self.recipe.fractions[-1]}
-        if variant.rising:
-            own["prefix_warmup"] = round(variant.rising * steps)
         config = ppnet.PuppetConfig(**{**own, **variant.options})
         ppnet.wrap(model, config, scores=scores)
         return model

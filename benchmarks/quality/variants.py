@@ -19,7 +19,6 @@ class Variant:
         trains: ``"all"``, ``"gates"`` alone, or ``"lora"``: gates and low-rank changes of the gated matrices.
         lr: times the recipe's rate (retrofit).
         micro_batches: per step, with masks of their own.
-        rising: share of the gate phase's steps over which prefix masks take over from draws.
     """
 
     regime: str
@@ -30,7 +29,6 @@ class Variant:
     trains: str = "all"
     lr: float = 1.0
     micro_batches: int = 1
-    rising: float = 0.0
 
 
 def retrofit(scores: str | None = None, lr: float = 1.0, trains: str = "all", **options: Any) -> Variant:
@@ -64,7 +62,7 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix": retrofit("mama", **PREFIX),
     "retrofit prefix scale-free": retrofit(**PREFIX),
     "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
-    "retrofit prefix rising": replace(retrofit("mama", **PREFIX), rising=0.5),
+    "retrofit prefix rising": retrofit("mama", **PREFIX, prefix_warmup=0.5),
     "retrofit prefix log": retrofit("mama", **PREFIX, **LOG),
     "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
     "retrofit prefix warm-up": retrofit("mama", **PREFIX, lambda_warmup=40),

@@ -72,6 +72,7 @@ def choose(
     source: torch.Generator,
     u_at: Callable[[float], float],
     stratum: Stratum | None = None,
+    total_steps: int | None = None,
 ) -> Choice:
     """A pass: dense with probability `dense_fraction`, else lambda from `lambda_distribution`, scaled in the warm-up.
 
@@ -80,6 +81,7 @@ def choose(
         u_at: fraction of the gated FLOPs -> u at which the gates keep it; not called under ``"exponential"`` and
             ``"uniform_u"``.
         stratum: where the size is drawn from; None: anywhere, and dense passes are drawn too.
+        total_steps: that there will be, which a `prefix_warmup` below 1 is a share of.
     """
     dense, position = torch.rand(2, generator=source, dtype=torch.float64).tolist()
     if stratum is None and dense < config.dense_fraction:
@@ -102,7 +104,8 @@ def choose(
     if progress + 1 < config.lambda_warmup:
         # The size is then the scaled lambda's, not the drawn one.
         lambda_, fraction = lambda_ * (progress + 1) / config.lambda_warmup, None
-    share = config.prefix_fraction * min(1.0, (progress + 1) / max(1, config.prefix_warmup))
+    warmup = config.prefix_warmup * (1 if config.prefix_warmup >= 1 else total_steps or 0)
+    share = config.prefix_fraction * min(1.0, (progress + 1) / max(1, warmup))
     prefix = share > 0 and float(torch.rand((), generator=source)) < share
     return Choice(lambda_, fraction, prefix)
 

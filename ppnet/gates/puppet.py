@@ -29,6 +29,9 @@ _TRAINING_POINTS = 64
 class Puppet(Gates):
     """Gates in use; its parameters are those of `Gates`.
 
+    Attributes:
+        progress, total_steps: optimizer steps made, and in all (None: not known), which trainers set and warm-ups read.
+
     Buffers:
         draws ``()`` int64: training draws made so far; with `config.seed` it determines every random choice.
     """
@@ -38,6 +41,7 @@ class Puppet(Gates):
     def __init__(self, model: nn.Module, structure: Structure, config: PuppetConfig) -> None:
         super().__init__(model, structure, config)
         self.progress = 0
+        self.total_steps: int | None = None
         self.last_lambda = 0.0
         self._lambdas: list[float] = []
         self._stratum: Stratum | None = None
@@ -72,7 +76,8 @@ class Puppet(Gates):
     def _choose(self, source: torch.Generator) -> Choice:
         # With frozen weights a dense pass teaches nothing, and its loss has no gradient.
         learns = any(p.requires_grad for name, p in self.root.named_parameters() if not name.startswith("puppet."))
-        return choose(self.config, self.progress, source, self._u_at, self._stratum or (None if learns else GATED))
+        stratum = self._stratum or (None if learns else GATED)
+        return choose(self.config, self.progress, source, self._u_at, stratum, self.total_steps)
 
     @contextmanager
     def drawing(self, stratum: Stratum) -> Iterator[None]:

@@ -79,7 +79,7 @@ class PuppetCallback(TrainerCallback):
         return length * sequences
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.puppet.progress = state.global_step
+        self.puppet.progress, self.puppet.total_steps = state.global_step, state.max_steps
         self.puppet.clear()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

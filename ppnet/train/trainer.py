@@ -142,7 +142,7 @@ class PuppetTrainerMixin(CheckpointMixin):
         puppet = self.puppet
         if puppet is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-        puppet.progress = self.state.global_step
+        puppet.progress, puppet.total_steps = self.state.global_step, self.state.max_steps
         puppet.clear()
         if puppet.config.sandwich:
             return self._sandwich(model, inputs, return_outputs, num_items_in_batch, **kwargs)
