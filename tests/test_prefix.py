@@ -264,7 +264,7 @@ def test_a_sandwich_refuses_activation_checkpointing(tmp_path):
     "options, message",
     [
         ({"prefix_fraction": 1.5}, r"prefix_fraction: 1\.5 must be in \[0, 1\]"),
-        ({"prefix_warmup": -5}, r"prefix_warmup: -5 must be >= 0"),
+        ({"prefix_warmup": -5}, r"prefix_warmup: -5\.0 must be >= 0"),
         ({"sandwich": -1}, r"sandwich: -1 must be >= 0"),
         ({"sandwich": 1.5}, r"sandwich: 1\.5 must be an integer"),
         ({"lambda_distribution": "log"}, "lambda_distribution: 'log' is not known"),
