@@ -94,6 +94,7 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix redistributed": ("run_deployed", "retrofit prefix", 0.0, True),
     "retrofit prefix healed": ("run_deployed", "retrofit prefix", 1.0),
     "retrofit prefix healed 1/4": ("run_deployed", "retrofit prefix", 0.25),
+    "retrofit prefix rising healed": ("run_deployed", "retrofit prefix rising", 1.0),
     "retrofit prefix sandwich 2 healed": ("run_deployed", "retrofit prefix sandwich 2", 1.0),
     # From scratch.
     "scratch": scratch(0.6),
