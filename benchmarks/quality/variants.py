@@ -51,24 +51,26 @@ ANCHORS: dict[str, Any] = {
     **{method: ("run_cut", method, False) for method in ("magnitude", "activation", "mama")},
     **{f"{method} healed": ("run_cut", method, True) for method in ("magnitude", "activation", "mama")},
 }
-PREFIX = {"prefix_fraction": 1.0}
+DRAWS = {"prefix_fraction": 0.0}
+PREFIX = {"prefix_fraction": 1.0, "prefix_warmup": 0.0}
+RISING = {"prefix_fraction": 1.0, "prefix_warmup": 0.5}
 LOG = {"lambda_distribution": "log_size"}
 VARIANTS: dict[str, Any] = {
     # What a unit's importance is.
-    "retrofit": retrofit(),
-    "retrofit mama": retrofit("mama"),
-    "retrofit activation": retrofit("activation"),
+    "retrofit": retrofit(**DRAWS),
+    "retrofit mama": retrofit("mama", **DRAWS),
+    "retrofit activation": retrofit("activation", **DRAWS),
     # How masks and sizes are drawn. "retrofit prefix" is what the rows below change one thing of.
     "retrofit prefix": retrofit("mama", **PREFIX),
     "retrofit prefix scale-free": retrofit(**PREFIX),
-    "retrofit prefix half": retrofit("mama", prefix_fraction=0.5),
-    "retrofit prefix rising": retrofit("mama", **PREFIX, prefix_warmup=0.5),
+    "retrofit prefix half": retrofit("mama", prefix_fraction=0.5, prefix_warmup=0.0),
+    "retrofit prefix rising": retrofit("mama", **RISING),
     "retrofit prefix log": retrofit("mama", **PREFIX, **LOG),
     "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
     "retrofit prefix warm-up": retrofit("mama", **PREFIX, lambda_warmup=40),
     "retrofit prefix micro 4": replace(retrofit("mama", **PREFIX), micro_batches=4),
     # How sizes are shared out over layers.
-    "retrofit shared": retrofit("mama", hierarchy="shared"),
+    "retrofit shared": retrofit("mama", **DRAWS, hierarchy="shared"),
     "retrofit prefix shared": retrofit("mama", **PREFIX, hierarchy="shared"),
     "retrofit prefix shared log": retrofit("mama", **PREFIX, hierarchy="shared", **LOG),
     "retrofit prefix pooled": retrofit("mama", **PREFIX, hierarchy="pooled"),
@@ -97,7 +99,8 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix rising healed": ("run_deployed", "retrofit prefix rising", 1.0),
     "retrofit prefix sandwich 2 healed": ("run_deployed", "retrofit prefix sandwich 2", 1.0),
     # From scratch.
-    "scratch": scratch(0.6),
+    "scratch": scratch(0.6, **DRAWS),
+    "scratch rising": scratch(0.6, "mama", **RISING),
     "scratch prefix": scratch(0.6, "mama", **PREFIX),
     "scratch prefix 0.8": scratch(0.8, "mama", **PREFIX),
     "scratch prefix 0.8 sandwich 2": scratch(0.8, "mama", **PREFIX, sandwich=2),
