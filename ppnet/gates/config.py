@@ -104,8 +104,8 @@ class PuppetConfig:
     u_max: float = 0.9
     smallest_size: float = 0.05
     lambda_warmup: int = 0
-    prefix_fraction: float = 0.0
-    prefix_warmup: float = 0.0
+    prefix_fraction: float | None = None
+    prefix_warmup: float | None = None
     sandwich: int = 0
     penalty: float | None = None
     distill: float | None = None
@@ -122,6 +122,8 @@ class PuppetConfig:
             "pin_dense": True,
             "lambda_distribution": "uniform_size",
             "lambda_rate": 0.5,
+            "prefix_fraction": 1.0,
+            "prefix_warmup": 0.5,
             "penalty": 0.5,
             "distill": 0.5,
             "gate_lr": 0.03,
@@ -133,6 +135,8 @@ class PuppetConfig:
             "pin_dense": False,
             "lambda_distribution": "exponential",
             "lambda_rate": 0.3,
+            "prefix_fraction": 0.0,
+            "prefix_warmup": 0.0,
             "penalty": 1.0,
             "distill": 0.0,
             "decay_gates": True,
@@ -172,8 +176,9 @@ class PuppetConfig:
         self._check_range("distill_temperature", self.distill_temperature > 0, "> 0")
         self._check_range("pooled_scale", self.pooled_scale > 0, "> 0")
         self._check_range("penalty", self.penalty is not None and self.penalty >= 0, ">= 0")
-        self._check_range("prefix_fraction", 0 <= self.prefix_fraction <= 1, "in [0, 1]")
-        self._check_range("prefix_warmup", self.prefix_warmup >= 0, ">= 0")
+        prefixes = self.prefix_fraction
+        self._check_range("prefix_fraction", prefixes is not None and 0 <= prefixes <= 1, "in [0, 1]")
+        self._check_range("prefix_warmup", self.prefix_warmup is not None and self.prefix_warmup >= 0, ">= 0")
         self._check_range("sandwich", self.sandwich >= 0, ">= 0")
         self._check_range("lambda_warmup", self.lambda_warmup >= 0, ">= 0")
         self._check_range("gate_lr", self.gate_lr is None or self.gate_lr >= 0, ">= 0")

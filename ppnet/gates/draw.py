@@ -104,8 +104,9 @@ def choose(
     if progress + 1 < config.lambda_warmup:
         # The size is then the scaled lambda's, not the drawn one.
         lambda_, fraction = lambda_ * (progress + 1) / config.lambda_warmup, None
-    warmup = config.prefix_warmup * (1 if config.prefix_warmup >= 1 else total_steps or 0)
-    share = config.prefix_fraction * min(1.0, (progress + 1) / max(1, warmup))
+    warmup = float(config.prefix_warmup or 0.0)
+    warmup *= 1 if warmup >= 1 else total_steps or 0
+    share = float(config.prefix_fraction or 0.0) * min(1.0, (progress + 1) / max(1, warmup))
     prefix = share > 0 and float(torch.rand((), generator=source)) < share
     return Choice(lambda_, fraction, prefix)
 
