@@ -135,6 +135,26 @@ def test_runs_of_every_kind_and_a_study_that_goes_on(study, tmp_path):
     assert (tmp_path / "elastic.png").stat().st_size > 10_000
 
 
+def test_a_trained_model_can_stand_for_the_dense_one(study, monkeypatch, tmp_path):
+    import dataclasses
+
+    import elastic
+    from elastic_table import table
+    from recipe import new_model
+    from store import read
+
+    own = dataclasses.replace(elastic.SUBJECTS["tiny"], pretrained="stories260K")
+    monkeypatch.setitem(elastic.SUBJECTS, "tiny", own)
+    monkeypatch.setattr(elastic, "pretrained", lambda name, folder: new_model(own, 96, 7).eval())
+    for name in ("dense", "retrofit prefix"):
+        study().run(name)
+    recipe, rows = read(tmp_path / "elastic-tiny.jsonl")
+    dense = next(row["value"] for row in rows if row["run"] == "dense")
+    assert dense == pytest.approx(study().nll(new_model(own, 96, 7).eval()))
+    text = table({**own.about(), **recipe}, rows, own.fractions)
+    assert "a trained model, retrofits 192 tokens more" in text and "| retrofit prefix (1) |" in text
+
+
 def test_the_area_is_that_of_the_curve():
     from elastic_table import area
 

@@ -54,13 +54,14 @@ def training(rows: Rows, run: str, key: str) -> float | None:
 def table(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...]) -> str:
     """Markdown: mean NLL over seeds and how far above the models trained alone, the area, what training took."""
     dense = values(rows, "dense", 1.0)
-    shape = ", ".join(f"{name} {recipe[name]}" for name in ("width", "neurons", "layers", "heads", "steps"))
+    shape = ", ".join(f"{name} {recipe[name]}" for name in ("width", "neurons", "layers", "heads"))
+    step = recipe["batch"] * recipe["length"]
+    before = "a trained model" if "pretrained" in recipe else f"{recipe['steps'] * step:,} training tokens"
     lines = [
         f"## {recipe['subject']}",
         "",
-        f"{shape}; {recipe['steps'] * recipe['batch'] * recipe['length']:,} training tokens, retrofits "
-        f"{recipe['retrofit_steps'] * recipe['batch'] * recipe['length']:,} more. NLL at fractions of the gated FLOPs, "
-        "mean over seeds; in brackets, per cent above the dense model of that size trained alone. Area: mean "
+        f"{shape}; {before}, retrofits {recipe['retrofit_steps'] * step:,} tokens more. NLL at fractions of the gated "
+        "FLOPs, mean over seeds; in brackets, per cent above the dense model of that size trained alone. Area: mean "
         "perplexity ratio to the dense model over the logarithm of the fraction. Seconds and TFLOPs of training, after "
         "the dense model's where it is a retrofit.",
         "",
