@@ -61,12 +61,14 @@ def table(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...]) -> s
         f"## {recipe['subject']}",
         "",
         f"{shape}; {before}, retrofits {recipe['retrofit_steps'] * step:,} tokens more. NLL at fractions of the gated "
-        "FLOPs, mean over seeds; in brackets, per cent above the dense model of that size trained alone. Area: mean "
+        "FLOPs, mean over seeds; in brackets, per cent above the dense model of that size trained alone, and the "
+        f"means of these over the sizes from {LARGE:g} up and below. Area: mean "
         "perplexity ratio to the dense model over the logarithm of the fraction. Seconds and TFLOPs of training, after "
         "the dense model's where it is a retrofit.",
         "",
-        f"| run (seeds) | {' | '.join(f'{fraction:g}' for fraction in fractions)} | area | seconds | TFLOPs |",
-        f"|---|{'---:|' * (len(fractions) + 3)}",
+        f"| run (seeds) | {' | '.join(f'{fraction:g}' for fraction in fractions)} | from {LARGE:g} up | below | area "
+        "| seconds | TFLOPs |",
+        f"|---|{'---:|' * (len(fractions) + 5)}",
     ]
     for run in dict.fromkeys(row["run"] for row in rows if "fraction" in row):
         cells, curve = [], {}
@@ -83,6 +85,8 @@ def table(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...]) -> s
         whole = f"{area(curve):.3f}" if len(curve) == len(fractions) else ""
         seconds, flops = training(rows, run, "training_seconds"), training(rows, run, "training_flops")
         took = " | " if seconds is None or flops is None else f"{seconds:.0f} | {flops / 1e12:.2f}"
+        means = [above_alone(rows, run, part) if run != "alone" else None for part in panels(fractions)]
+        cells += ["" if mean is None else f"{mean:+.1f}" for mean in means]
         lines.append(f"| {run} ({seeds}) | {' | '.join(cells)} | {whole} | {took} |")
     return "\n".join(lines) + "\n"
 
@@ -109,14 +113,20 @@ def plot(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path:
     figure.savefig(path)
 
 
-def above_alone(rows: Rows, run: str, fractions: tuple[float, ...]) -> float:
+def above_alone(rows: Rows, run: str, fractions: tuple[float, ...]) -> float | None:
     """Mean over sizes and seeds of the per cent of NLL above the dense model of that size trained alone."""
-    found = []
+    found: list[float] = []
     for fraction in fractions:
         alone = values(rows, "alone", fraction)
         own = values(rows, run, fraction)
         found += [100 * (own[seed] / alone[seed] - 1) for seed in own.keys() & alone.keys()]
-    return statistics.mean(found)
+    return statistics.mean(found) if found else None
+
+
+def panels(fractions: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Large and small sizes."""
+    large = tuple(fraction for fraction in fractions if fraction >= LARGE)
+    return large, fractions[len(large) :]
 
 
 def plot_trade(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path: Path) -> None:
@@ -126,11 +136,10 @@ def plot_trade(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...],
     if not runs or not whole:
         return
     figure, axes = canvas(LIGHT, height=7.2, rows=2)
-    parts = [fraction for fraction in fractions if fraction >= LARGE], [f for f in fractions if f < LARGE]
-    for axis, part in zip(axes, parts, strict=True):
+    for axis, part in zip(axes, panels(fractions), strict=True):
         for number, run in enumerate(runs):
             x = 100 * (training(rows, run, "training_flops") or 0.0) / whole
-            y = above_alone(rows, run, tuple(part))
+            y = above_alone(rows, run, part)
             axis.plot(x, y, "o", color=LIGHT.main)
             axis.annotate(
                 run.removeprefix("retrofit "), (x, y), (6, 4 if number % 2 else -10), textcoords="offset points",
