@@ -65,6 +65,7 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix scale-free": retrofit(**PREFIX),
     "retrofit prefix half": retrofit("mama", prefix_fraction=0.5, prefix_warmup=0.0),
     "retrofit prefix rising": retrofit("mama", **RISING),
+    "retrofit prefix rising from 0.4": retrofit("mama", **RISING, smallest_size=0.4),
     "retrofit prefix log": retrofit("mama", **PREFIX, **LOG),
     "retrofit prefix dense 0.1": retrofit("mama", **PREFIX, dense_fraction=0.1),
     "retrofit prefix warm-up": retrofit("mama", **PREFIX, lambda_warmup=40),
