@@ -10,11 +10,14 @@ from typing import Any
 
 from ppnet.reporting.style import LIGHT, canvas, headline, labels, legend, log_scale
 
-PLOTTED = ("alone", "paper", "matformer", "mama healed", "retrofit prefix healed", "retrofit prefix", "scratch prefix")
+PLOTTED = (
+    "alone", "paper", "matformer", "mama healed", "retrofit prefix rising healed", "retrofit prefix rising",
+    "scratch rising",
+)  # fmt: skip
 # Ways to spend more or less on the gate phase.
 TRADED = (
-    "retrofit prefix", "retrofit prefix log", "retrofit prefix dense 0.1", "retrofit prefix distill 0",
-    "retrofit prefix exact", "retrofit prefix sandwich 1", "retrofit prefix sandwich 2",
+    "retrofit mama", "retrofit prefix", "retrofit prefix rising", "retrofit prefix log", "retrofit prefix dense 0.1",
+    "retrofit prefix distill 0", "retrofit prefix sandwich 1", "retrofit prefix sandwich 2",
     "retrofit prefix log sandwich 3",
 )  # fmt: skip
 LARGE = 0.3  # sizes from here up are the first panel's
@@ -101,7 +104,7 @@ def plot(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path:
         if len(at) < 2:
             continue
         found = [ratios(rows, run, fraction) for fraction in at]
-        style = "--" if run == "scratch" else "-"
+        style = "--" if run.startswith("scratch") else "-"
         axis.plot(at, [statistics.mean(v) for v in found], style, color=colour, marker="o", markersize=4, label=run)
         axis.fill_between(at, [min(v) for v in found], [max(v) for v in found], color=colour, alpha=0.15, lw=0)
         highest = max(highest, *(statistics.mean(v) for v in found))
