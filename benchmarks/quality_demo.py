@@ -2,7 +2,8 @@
 
 Run: python benchmarks/quality_demo.py --seeds 3. Every variant sees as many tokens as the anchor (the model trained
 without gates to the end), and the last phase in the same order. "paper" trains with gates from the first step, in the
-published form; "default" trains densely first and gates the rest. Writes benchmarks/results/quality_demo.json.
+published form; "default" trains densely first and gates the rest, "draws" does so with Bernoulli masks alone. Writes
+benchmarks/results/quality_demo.json.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from ppnet.train import text_blocks
 VARIANTS = {
     "paper": (0.0, 1.5e-3, {"preset": "paper", "gate_gradient": "exact"}),
     "default": (0.6, None, {}),
+    "draws": (0.6, None, {"prefix_fraction": 0.0}),
 }
 
 
