@@ -92,7 +92,9 @@ def main():
                          max_tokens=needed)  # fmt: skip
     found = {"options": {name: str(value) for name, value in vars(options).items() if name != "out"}}
     for preset in options.presets:
-        model = wrap(AutoModelForCausalLM.from_pretrained(folder), PuppetConfig(preset=preset)).train()
+        model = wrap(
+            AutoModelForCausalLM.from_pretrained(folder), PuppetConfig(preset=preset, prefix_fraction=0.0)
+        ).train()
         train(model, blocks, options, 0, tempfile.mkdtemp())
         model.eval()
         found[preset] = {"dense": round(nll(model, tokenizer, valid), 4), "rows": []}

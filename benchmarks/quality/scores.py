@@ -207,7 +207,7 @@ class Study:
         if name != "scale_free":
             scores = ppnet.score(subject.model, data, method=name, seed=seed, max_tokens=None, progress=False)
         model = ppnet.wrap(
-            copy.deepcopy(subject.model), ppnet.PuppetConfig(seed=seed, distill=0.5), scores=scores
+            copy.deepcopy(subject.model), ppnet.PuppetConfig(seed=seed, distill=0.5, prefix_fraction=0.0), scores=scores
         ).train()
         blocks = [{"input_ids": ids, "labels": ids} for ids in subject.training_blocks(seed, subject.gate_steps)]
         with tempfile.TemporaryDirectory() as folder:
