@@ -14,7 +14,7 @@ from test_sort import trained
 import ppnet
 from ppnet.speculation.acceptance import Sampled, Verdict
 
-VOCABULARY, NEW, RUNS = 4, 4, 500
+VOCABULARY, NEW, RUNS = 4, 4, 400
 
 
 def p_value(found, expected):
