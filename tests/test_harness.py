@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -66,9 +67,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def nll(model, words, context, answer):
+def nll(model, words, context, answer, first=()):
     """Of an answer's tokens, after a context."""
-    ids = torch.tensor([words(context)["input_ids"] + words(answer)["input_ids"]])
+    ids = torch.tensor([[*first, *words(context)["input_ids"], *words(answer)["input_ids"]]])
     with torch.no_grad():
         likely = torch.log_softmax(model(ids).logits[0, :-1].double(), -1)
     answers = len(words(answer)["input_ids"])
@@ -91,22 +92,12 @@ def test_a_dense_model(folder):
     assert found.samples == len(QUESTIONS) and found.version.startswith("3") and found.higher_is_better == {"acc": True}
     assert found.to_dict()["metrics"] == found.metrics and "tiny_choice (version 3" in str(found)
     (rolling,) = lm_eval(dense, words, ["tiny_rolling"], include_path=folder)
-    expected = nll(dense, words, "", TEXT) if not words("")["input_ids"] else None
-    first = nll_of_first(dense, words)
-    assert rolling.metrics["byte_perplexity"] == pytest.approx(
-        torch.tensor((expected + first) / len(TEXT)).exp().item(), rel=1e-4
-    )
+    # The text's tokens after the one that the harness puts before them.
+    expected = nll(dense, words, "", TEXT, first=[words.bos_token_id])
+    assert rolling.metrics["byte_perplexity"] == pytest.approx(math.exp(expected / len(TEXT)), rel=1e-4)
     assert rolling.stderr == {}
     (two,) = lm_eval(dense, words, "tiny_choice", include_path=folder, limit=2)
     assert two.samples == 2
-
-
-def nll_of_first(model, words):
-    """Of the text's first token after the token that the harness puts before it."""
-    prefix = words.bos_token_id if words.bos_token_id is not None else words.eos_token_id
-    with torch.no_grad():
-        likely = torch.log_softmax(model(torch.tensor([[prefix]])).logits[0, -1].double(), -1)
-    return -float(likely[words(TEXT)["input_ids"][0]])
 
 
 def test_sizes_of_a_gated_model(folder):
