@@ -101,7 +101,9 @@ class Bench:
         new = self.options.new
         output = self.add(
             "generate",
-            lambda: self.target.generate(ids, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None),
+            lambda: self.target.generate(
+                ids, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=True
+            ),
             lambda found: found.shape[1] - ids.shape[1],
         )
         self.add(

@@ -148,13 +148,13 @@ def test_speculate(ok, ppnet, refused, folders):
     assert found["memory"]["draft_own"] < found["memory"]["weights"] and max(found["lengths"]) == 3
     plain = ok(*command, "--draft", 0.9, "--no-accelerate", "--compare")
     assert plain["same_as_alone"] and plain["sequences"] == found["sequences"]
-    sample = (*command, "--sample", "--temperature", 0.8, "--top-p", 0.9, "--length", 2)
+    sample = (*command, "--draft", 0.7, "--sample", "--temperature", 0.8, "--top-p", 0.9, "--length", 2)
     assert ok(*sample)["sequences"] == ok(*sample)["sequences"] != ok(*sample, "--seed", 1)["sequences"]
-    dense = ("speculate", folders["dense"], "--prompt", "the cat ", "--new", 4)
+    dense = ("speculate", folders["dense"], "--prompt", "the cat ", "--new", 4, "--draft", 0.5)
     code, out, _ = ppnet(*dense, "--scores", "magnitude")
     assert code == 0 and "acceptance" in out and "t h e   c a t" in out
     assert "no gates to rank its units" in refused(*dense)
-    assert "context of 64" in refused(*command[:-1], 100)
+    assert "context of 64" in refused(*command[:-1], 100, "--draft", 0.7)
 
 
 def test_eval_with_mask_draws(ok, ppnet, refused, folders):

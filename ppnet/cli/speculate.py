@@ -104,7 +104,8 @@ def speculate(
 
 def _alone(model: Any, found: Any, ids: Any, new: int, sample: bool) -> dict[str, Any]:
     """The same number of tokens by `generate`, after one that warms up; greedy ones must be the same."""
-    options = {"do_sample": False, "pad_token_id": 0}
+    # Models that were saved after training say use_cache: false.
+    options = {"do_sample": False, "pad_token_id": 0, "use_cache": True}
     model.generate(ids, max_new_tokens=2, **options)
     start = time.perf_counter()
     first = model.generate(ids, max_new_tokens=1, **options)

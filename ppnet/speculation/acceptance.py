@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class Sampled:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """``(N, V)`` of the changed distribution."""
-        ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)  # no warper here reads them
+        ids: Any = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)  # no warper here reads them
         return torch.softmax(self.warpers(ids, logits), dim=-1)
 
     def draw(self, weights: Tensor) -> int:

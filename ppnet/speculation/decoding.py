@@ -18,7 +18,7 @@ from ppnet.ops.linear_decode import DTYPES, has_kernels
 from ppnet.plan import Plan
 from ppnet.size import Size, refuse_options
 from ppnet.speculation.acceptance import TIES, Greedy, Sampled, Verdict
-from ppnet.speculation.draft import Memory, draft, memory
+from ppnet.speculation.drafts import Memory, draft, memory
 from ppnet.speculation.pace import LONGEST, Pace
 from ppnet.wrap import engine_of, is_accelerated, is_wrapped
 
@@ -196,7 +196,8 @@ class _Reader:
             self.seen = tokens
 
     def cache_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values))
+        layers: list[Any] = self.cache.layers
+        return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
 
 class _Decoding:
