@@ -1,6 +1,6 @@
 """Speculative decoding with one set of weights: tokens/s, acceptance and memory at draft sizes, greedy, batch 1.
 
-Run: python benchmarks/bench_speculate.py --factor 6 --threads 1 (--model FOLDER: a gated Llama; see speculate_model.py
+Run: python benchmarks/bench_speculate.py --factor 10 --threads 1 (--model FOLDER: a gated Llama; see speculate_model.py
 for the one that is taken otherwise, and for what --factor does). Every round lets the target alone (`generate`, and our
 loop without a draft) and every draft size generate from each prompt, one after the other, on the same accelerated
 weights; ratios are to the faster of the two baselines, medians over rounds and prompts. With one thread the processor's
@@ -59,6 +59,12 @@ def passes(models: dict[Any, Any], prompt: torch.Tensor, rounds: int) -> dict[tu
     return {key: medians(values[1:]) for key, values in found.items()}
 
 
+def draft_sizes(model: Any, factor: int) -> dict[float, Any]:
+    """Drafts of fractions of the gated parameters, of all copies of a unit or none."""
+    multiple = {"neuron": factor, "kv_group": factor}
+    return {size: draft(model, size, of="gated", multiple_of=multiple) for size in SIZES}
+
+
 def resize_seconds(model: Any, plan: Any, rounds: int = 5) -> Seconds:
     """Of going to the draft's size and back on one model object: what a second object saves, every round."""
 
@@ -74,15 +80,15 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        trained = ppnet.sort_(ppnet.load(options.model).eval())
-        self.target = ppnet.accelerate(widen(trained, options.factor, getattr(torch, options.dtype)))
-        multiple = {"neuron": options.factor, "kv_group": options.factor}
-        self.drafts = {size: draft(self.target, size, of="gated", multiple_of=multiple) for size in SIZES}
+        self.trained = ppnet.sort_(ppnet.load(options.model).eval())
+        self.target = ppnet.accelerate(widen(self.trained, options.factor, getattr(torch, options.dtype)))
+        ppnet.accelerate(self.trained)
+        self.drafts = draft_sizes(self.target, options.factor)
         self.prompts = prompts(options.prompts, 24)
         self.costs = passes({"target": self.target, **self.drafts}, self.prompts[0], options.passes)
         self.seconds: dict[Any, list[Seconds]] = {}
         self.results: dict[float, list[Any]] = {size: [] for size in SIZES}
-        self.lengths = {size: 3 for size in SIZES}
+        self.lengths: dict[float, int] = {}
 
     def cost(self, name: Any, tokens: int = 1) -> float:
         """Of a pass, as a fraction of the target's of one token, by the processor's time."""
@@ -118,12 +124,19 @@ class Bench:
             self.target, self.drafts[size], ids, max_new_tokens=self.options.new, eos_token_id=None, draft_length=length
         )
 
+    def choose_lengths(self) -> None:
+        """By the acceptance of the trained model itself, which takes no time, and the costs of the wide one."""
+        for size, small in draft_sizes(self.trained, 1).items():
+            found = [
+                speculate(self.trained, small, ids, max_new_tokens=self.options.new, eos_token_id=None, draft_length=4)
+                for ids in prompts(8, 24)
+            ]
+            acceptance = sum(one.accepted for one in found) / sum(one.accepted + one.rejected for one in found)
+            speeds = {length: self.speedup(size, length, acceptance) for length in range(1, LONGEST + 1)}
+            self.lengths[size] = max(speeds, key=lambda length, speeds=speeds: speeds[length])
+
     def run(self) -> None:
-        for size in SIZES:  # acceptance, from which the length of all further runs follows
-            found = self.speculate(size, self.prompts[-1], 3)
-            self.lengths[size] = max(
-                range(1, LONGEST + 1), key=lambda n, s=size, a=found.acceptance: self.speedup(s, n, a)
-            )
+        self.choose_lengths()
         for _ in range(self.options.rounds):
             for ids in self.prompts:
                 expected = self.alone(ids)
@@ -166,12 +179,12 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=TRAINED)
-    parser.add_argument("--factor", type=int, default=6)
+    parser.add_argument("--factor", type=int, default=10)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--new", type=int, default=80)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speculate_cpu.json")
     options = parser.parse_args()
