@@ -14,7 +14,7 @@ from ppnet.errors import DataError, PPNetError, UnsupportedModelError
 from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
 from ppnet.families import FAMILIES, check_decoder, predicts_tokens
 from ppnet.modes import evaluating
-from ppnet.ops.linear_decode import DTYPES, has_kernels
+from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS, has_kernels
 from ppnet.plan import Plan
 from ppnet.size import Size, refuse_options
 from ppnet.speculation.acceptance import TIES, Greedy, Sampled, Verdict
@@ -25,6 +25,8 @@ from ppnet.wrap import engine_of, is_accelerated, is_wrapped
 PACE = "_ppnet_pace"
 # Neurons that whole vectors of any instruction set hold, in half precision and several rows at a time.
 WHOLE = 64
+# Tokens of a prompt that an accelerated draft reads through the decode operators.
+SHORT = 8 * MOST_TOKENS
 # Entries of a generation config that change which tokens `generate` gives, and what leaves them unchanged.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -253,7 +255,7 @@ class _Decoding:
         if self.draft.seen == 0 and self.pace.length(left - 1):
             # The draft reads the prompt once; that says nothing of the cost of a token.
             start = time.perf_counter()
-            self.draft.read(self.tokens[:-1], 1)
+            self.read_prompt()
             self.prompt_seconds += time.perf_counter() - start
         start = time.perf_counter()
         proposed, drawn_from = self.propose(self.pace.length(left - 1))
@@ -277,6 +279,16 @@ class _Decoding:
         self.draft_seconds += middle - start
         self.verify_seconds += time.perf_counter() - middle
         self.pace.observe(len(proposed), verdict.accepted, verdict.rejected, middle - start, end - middle)
+
+    def read_prompt(self) -> None:
+        """The draft reads what is there but for the last token, a short prompt a few tokens at a time.
+
+        Passes of many tokens want their kept weights gathered, which takes longer than some through the operators.
+        """
+        unread = self.tokens[:-1]
+        step = MOST_TOKENS if is_accelerated(self.draft.model) and len(unread) <= SHORT else len(unread)
+        for start in range(0, len(unread), step):
+            self.draft.read(unread[start : start + step], 1)
 
     def propose(self, length: int) -> tuple[list[int], list[Any]]:
         """Up to `length` tokens of the draft, and the distributions that they were drawn from."""
@@ -319,13 +331,9 @@ def _tie(model: nn.Module) -> float:
 def _stops(model: Any, eos_token_id: int | Sequence[int] | str | None) -> set[int]:
     if isinstance(eos_token_id, str):
         if eos_token_id != "model":
-            raise PPNetError(
-                f'eos_token_id: {eos_token_id!r} must be an id, several, "model" for the model\'s own, or None.'
-            )
+            raise PPNetError(f"eos_token_id: {eos_token_id!r} must be an id, several, 'model' (its own) or None.")
         eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos_token_id is None:
-        return set()
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     return {int(token) for token in ids}
 
 
