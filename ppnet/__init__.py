@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ppnet.reporting import report
     from ppnet.scores.result import Scores
     from ppnet.scores.score import score, score_methods
+    from ppnet.speculation import draft, speculate
     from ppnet.streaming import compact_folder
     from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
@@ -40,6 +41,7 @@ _LAZY = {
     "DistillationTrainer": "ppnet.train",
     "calibration_batches": "ppnet.calibration",
     "compact_folder": "ppnet.streaming",
+    "draft": "ppnet.speculation",
     "heal": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
@@ -47,6 +49,7 @@ _LAZY = {
     "score": "ppnet.scores",
     "score_methods": "ppnet.scores",
     "scores": "ppnet.scores",
+    "speculate": "ppnet.speculation",
 }
 
 __all__ = [
@@ -63,6 +66,7 @@ __all__ = [
     "compact",
     "compact_folder",
     "decelerate",
+    "draft",
     "evaluate",
     "heal",
     "inspect",
@@ -77,6 +81,7 @@ __all__ = [
     "scores",
     "size_curve",
     "sort_",
+    "speculate",
     "unwrap",
     "wrap",
 ]
