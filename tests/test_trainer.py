@@ -159,6 +159,15 @@ def test_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
         run.train()
 
 
+def test_training_gives_the_generation_cache_back(tmp_path: Path) -> None:
+    model = wrapped()
+    assert model.config.use_cache
+    run = trainer(model, tmp_path, max_steps=1, save_strategy="no")
+    assert not model.config.use_cache
+    run.train()
+    assert model.config.use_cache
+
+
 def test_evaluation_is_dense(tmp_path: Path) -> None:
     model = wrapped()
     run = PuppetTrainer(model, arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=blocks(4))

@@ -97,6 +97,8 @@ class PuppetTrainerMixin(CheckpointMixin):
     _watched: torch.optim.Optimizer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(*args, **kwargs)
         # The Trainer's default with a tokenizer asks for a padding token, which blocks of equal length do not need.
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
@@ -126,7 +128,12 @@ class PuppetTrainerMixin(CheckpointMixin):
         self._micro_losses: list[Tensor] = []
         self._last_loss = math.nan
         self._terms: dict[str, list[Tensor]] = {}
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # The Trainer turns the cache off, and a model that is saved like that generates without one.
+            if self._use_cache is not None:
+                self.model.config.use_cache = self._use_cache
 
     # ---- objective ------------------------------------------------------------------------------------------------
 
