@@ -288,7 +288,7 @@ def _fit_config(small: Any, structure: Structure, plan: Plan) -> None:
     if not _same_shapes(small, target, copy.deepcopy(config)):
         raise EquivalenceError(
             f"model: {target.__name__} built from the new config has other shapes than the compacted weights; the "
-            f"family {family.name!r} and ppnet/shipped/modeling_ppnet_{family.name}.py disagree on per_layer_config."
+            f"family {family.name!r} and ppnet/shipped/modeling_ppnet_{family.stem}.py disagree on per_layer_config."
         )
 
 
@@ -304,5 +304,9 @@ def _stock_reproduces(small: Any, numbers: dict[str, int]) -> bool:
 def _same_shapes(small: Any, target: type, config: Any) -> bool:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         built = target(config)
-    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (built, small)]
+    # Buffers, too: rotary tables have the width of a head, which a class may take from elsewhere than its projections.
+    shapes = [
+        {name: tensor.shape for each in (model.named_parameters(), model.named_buffers()) for name, tensor in each}
+        for model in (built, small)
+    ]
     return shapes[0] == shapes[1]

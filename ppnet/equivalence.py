@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ppnet.errors import EquivalenceError
 from ppnet.modes import evaluating
 from ppnet.plan import Plan
-from ppnet.units import Site, Structure, leaf_module
+from ppnet.units import Leaf, Site, Structure, leaf_module
 from ppnet.wrap import engine_of, is_wrapped
 
 # Largest difference of logits as a fraction of the largest logit. In float32 both models add the same non-zero products
@@ -40,7 +40,8 @@ def masked(
     """Forwards inside multiply dropped units by zero, at dense cost: the definition that compaction must reproduce.
 
     It shares no code with the slicing: hooks multiply what enters each consumer (and, with `scales`, what enters each
-    producer). Gates that the model has of its own must be bypassed.
+    producer), and what enters norms over all units, for which dropped units are zeros. Gates that the model has of its
+    own must be bypassed.
 
     Args:
         scales: per site (unit scale ``(U,)`` or None, input scale ``(D,)`` or None).
@@ -64,9 +65,9 @@ def masked(
                 handles.append(_use_projection(model, refitted, site, torch.tensor(plan.kept[site.name])))
                 unit_scale = None
             per_unit = keep if unit_scale is None else keep * unit_scale.detach().float().cpu()
-            factor = torch.zeros(site.consumer.index.numel())
-            factor[site.consumer.index] = per_unit[:, None].expand(site.consumer.index.shape)
-            multiply(site.consumer.name, factor)
+            multiply(site.consumer.name, _by_feature(site.consumer, per_unit))
+            for norm in site.across:
+                multiply(norm.name, _by_feature(norm, keep))
             if input_scale is not None:
                 for leaf in site.producers:
                     multiply(leaf.name, input_scale.detach())
@@ -74,6 +75,13 @@ def masked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_feature(leaf: Leaf, per_unit: Tensor) -> Tensor:
+    """One factor per unit ``(U,)`` as one per feature, in the leaf's order: ``(F,)``."""
+    factor = torch.zeros(leaf.index.numel())
+    factor[leaf.index] = per_unit[:, None].expand(leaf.index.shape)
+    return factor
 
 
 def _use_projection(model: nn.Module, refitted: nn.Module, site: Site, kept: Tensor) -> Any:
