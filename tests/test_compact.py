@@ -142,7 +142,8 @@ def test_attention_implementation_can_be_switched(model_type):
     assert relative(expected, logits(small, batch())) <= TOLERANCE
     outputs = small(**batch(), output_hidden_states=True, output_attentions=True)
     assert len(outputs.hidden_states) == 4
-    queries = structure_of(model).sites[0].consumer.features_per_unit // 8  # heads are 8 wide
+    site = structure_of(model).sites[0]
+    queries = site.consumer.features_per_unit // site.producer("k").parts["k"].shape[1]
     kept = [len(plan.kept[f"layers.{layer}.kv_group"]) for layer in range(3)]
     assert [weights.shape[1] for weights in outputs.attentions] == [queries * groups for groups in kept]
 

@@ -2,8 +2,8 @@
 
 A family *names tensors*: for each layer it returns sites made of leaves (`ppnet.units`). It never copies a
 forward: removing whole units only changes the sizes of linear modules and a few integer attributes, so the upstream
-forward keeps working. To add a family, add one file to this folder with one `@register("model_type", ...)` function and
-one `tiny_configs`; discovery, tests, masks, costs and compaction follow.
+forward keeps working. To add a dense decoder, add an entry to `ppnet.families.decoders`; for what a `Layout` cannot
+say, add a file to this folder that registers a `Family`. Discovery, tests, masks, costs and compaction follow.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def structure_of(model: nn.Module) -> Structure:
     if family is None:
         raise UnsupportedModelError(
             f"model: config.model_type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
-            "To add a family, add one file to ppnet/families/ (see ppnet/families/base.py)."
+            "ppnet.discover(model) looks for the units of other dense decoders; to add a family for good, add an entry "
+            "to ppnet/families/decoders.py."
         )
     if hasattr(model, "peft_config"):
         raise UnsupportedModelError(

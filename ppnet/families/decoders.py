@@ -1,7 +1,7 @@
 """Dense decoders that are known by their layout: one entry each.
 
 To add one, add an entry: its layout, where it differs from Llama's, and the config of a tiny random model, on which the
-tests run. `ppnet.verify_sites` tells whether a layout is right.
+tests run. ``ppnet.inspect(model, verify=True)`` tries whether a layout is right.
 """
 
 from __future__ import annotations

@@ -7,18 +7,20 @@ modelling file of all these families (`ppnet.shipped.modeling_ppnet_decoder`) kn
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppnet.errors import UnsupportedModelError
-from ppnet.families.base import Family, consecutive, decoder_layers, linear_leaf, no_attributes, register
+from ppnet.errors import CheckpointError, UnsupportedModelError
+from ppnet.families.base import FAMILIES, Family, consecutive, decoder_layers, linear_leaf, no_attributes, register
 from ppnet.units import Leaf, Site
 
 SHIPPED = "decoder"
+# The entry of a config that says where `ppnet.discover` found the units of a type that ppnet does not know.
+TRACED = "ppnet_traced"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Layout:
         attention: of the attention, in a layer. head: its attribute with the width of a head.
         reads: role -> its projections: ``q``, ``k``, ``v``, or fused ``qkv``. writes: its output projection.
         interleaved: the rows of a fused ``qkv`` are [q, k, v] head by head, not all of q, then k, then v.
-        counts: dotted attributes of the attention that its forward reads -> ``heads`` or ``kv_heads``, which they are;
-            ``config.<name>`` for entries of its config.
+        counts: dotted attributes of the attention that its forward reads -> what they are: ``heads``, ``kv_heads`` or
+            the ``features`` of all heads; ``config.<name>`` for entries of its config.
         across: norms over all heads at once, in the attention -> ``q`` or ``k``.
         mlp: of the MLP, in a layer; empty: its projections are the layer's own.
         makes: role -> projections of the MLP: ``gate`` and ``up``, ``up``, or fused ``gate_up``. takes: the one that
@@ -207,7 +209,7 @@ def _eps(layout: Layout, attention: Any) -> Mapping[str, float]:
 
 
 def _counts(layout: Layout, heads: Heads, eps: Mapping[str, float], kept: int) -> Mapping[str, int | float]:
-    numbers = {"heads": kept * heads.queries, "kv_heads": kept}
+    numbers = {"heads": kept * heads.queries, "kv_heads": kept, "features": kept * heads.queries * heads.width}
     found: dict[str, int | float] = {name: numbers[what] for name, what in layout.counts.items()}
     return found | {name: value * heads.groups / kept for name, value in eps.items()}
 
@@ -252,16 +254,16 @@ def shipped_entries(layout_of: LayoutOf, model: Any) -> Mapping[str, Any]:
     outputs |= {f"{mlp}{name}": ["neurons"] * (1 + (role == "gate_up")) for role, name in layout.makes.items()}
     of_norm = {"q": "heads", "k": "kv_heads"}
     return {
+        "head_dim": heads.width,  # some classes would take it for their rotary embedding from the number of heads
         "ppnet_layout": {
             "layers": layout.layers,
-            "head_width": heads.width,
             "queries_per_kv_head": heads.queries,
             "entries": {"heads": layout.heads, "neurons": layout.neurons},
             "outputs": outputs,
             "inputs": {f"{attention}{layout.writes}": "heads", f"{mlp}{layout.takes}": "neurons"},
             "attributes": {f"{attention}{name}": what for name, what in layout.counts.items()},
             "norms": {f"{attention}{name}": of_norm[role] for name, role in layout.across.items()},
-        }
+        },
     }
 
 
@@ -292,3 +294,29 @@ def register_layout(
             variants=dict(variants or {}),
         )
     )
+
+
+# ---- types that are not registered by name ---------------------------------------------------------------------------
+
+
+def to_dict(layout: Layout) -> dict[str, Any]:
+    """A layout as JSON: what differs from Llama's."""
+    usual = Layout()
+    values = {each.name: getattr(layout, each.name) for each in fields(Layout)}
+    return {name: value for name, value in values.items() if not callable(value) and value != getattr(usual, name)}
+
+
+def register_traced(config: Mapping[str, Any]) -> None:
+    """Makes the type of a config known whose layout `ppnet.discover` has noted in it.
+
+    Raises:
+        CheckpointError: what is noted there is no layout.
+    """
+    model_type = str(config.get("model_type")).removeprefix("ppnet_")
+    if TRACED not in config or model_type in FAMILIES:
+        return
+    try:
+        layout = Layout(**config[TRACED])
+    except TypeError as error:
+        raise CheckpointError(f"path: {TRACED} of config.json is damaged: {error}.") from error
+    register_layout(model_type, layout, {})

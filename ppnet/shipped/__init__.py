@@ -71,6 +71,11 @@ def _derived(model_type: str) -> Shipped:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     module = _module(model_type)
+    if model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"model: transformers has no class for {model_type!r} to extend by layers of different widths; give a plan "
+            "with equal widths."
+        )
     names = {
         "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
         "AutoModel": modeling_auto.MODEL_MAPPING_NAMES[model_type],

@@ -72,8 +72,8 @@ class PerLayerWidths:
         for layer, own in zip(layers, config.per_layer_config, strict=True):
             heads = getattr(own, layout["entries"]["heads"])
             kv_heads = heads // layout["queries_per_kv_head"]
-            numbers = {"heads": heads, "kv_heads": kv_heads}
-            width = layout["head_width"]
+            width = config.head_dim
+            numbers = {"heads": heads, "kv_heads": kv_heads, "features": heads * width}
             features = {"heads": heads * width, "kv_heads": kv_heads * width}
             features["neurons"] = getattr(own, layout["entries"]["neurons"])
             for name, parts in layout["outputs"].items():
@@ -90,8 +90,23 @@ def any_head_count(self):
     """In the place of a check that the number of heads divides the width, which it need not."""
 
 
+def of_global_widths(check):
+    """A config's check that may read the one width that there was before, where that of every layer is its own."""
+
+    def run(self):
+        allowed = self.allow_global_per_layer_attribute_access
+        self.allow_global_per_layer_attribute_access = True
+        try:
+            check(self)
+        finally:
+            self.allow_global_per_layer_attribute_access = allowed
+
+    return run
+
+
 def config_class(name, stock):
-    body = {
+    body = {check: of_global_widths(getattr(stock, check)) for check in dir(stock) if check.startswith("validate_")}
+    body |= {
         "__module__": __name__,
         "__doc__": stock.__doc__,
         "model_type": f"ppnet_{stock.model_type}",
