@@ -8,9 +8,8 @@ removing units of every layer then computes what masking them does (`ppnet.verif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,12 +18,9 @@ from torch import Tensor, nn
 from ppnet.errors import EquivalenceError, UnsupportedModelError
 from ppnet.families import FAMILIES, structure_of
 from ppnet.families.layout import TRACED, Layout, register_layout, to_dict
-from ppnet.layerwise import Stop
-from ppnet.modes import evaluating
+from ppnet.tracing import Seen, Watch, unknown
 from ppnet.verify import verify_sites
 
-TRACING = "ppnet_tracing"
-MOST_ROWS = 64
 # What configs and attentions call these numbers.
 HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv")
@@ -67,136 +63,6 @@ def discover(model: Any) -> Layout:
     return layout
 
 
-def _unknown(why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"model: cannot find its units: {why}. To support it, describe it in ppnet/families (ppnet.families.layout)."
-    )
-
-
-# ---- watching one layer ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Seen:
-    """What went through the first layer in one pass. Rows are the batch: ``(B, features)``, heads ``(B, H, Dh)``.
-
-    Attributes:
-        attention: the module that called the attention function; heads: role -> what it was given.
-        inputs, outputs: of the linear modules, by name, in the order of their calls. normed: what entered RMSNorms.
-    """
-
-    attention: Any = None
-    heads: dict[str, Tensor] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-    normed: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Watch:
-    """Runs a model up to the end of its first layer.
-
-    Attributes:
-        layer: that layer. linears: its linear modules by name; norms: its RMSNorms.
-    """
-
-    def __init__(self, model: Any, layer: nn.Module) -> None:
-        from transformers.pytorch_utils import Conv1D
-
-        self.model, self.layer = model, layer
-        self.linears = {
-            name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)
-        }
-        self.norms = {name: module for name, module in layer.named_modules() if hasattr(module, "variance_epsilon")}
-        self.device = next(layer.parameters()).device
-
-    def run(self, rows: int, change: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> Seen:
-        """One pass of a token, `rows` times over, with the outputs ``(B, features)`` of some linear modules changed."""
-        seen = Seen()
-        handles = []
-
-        def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if seen.attention is None:
-                seen.attention = module
-                seen.heads = {"q": q[:, :, 0], "k": k[:, :, 0], "v": v[:, :, 0]}
-            # Of one token alone, attention gives its value.
-            return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous(), None
-
-        def linear(name: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-                made = output.reshape(rows, -1)
-                if change and name in change:
-                    made = change[name](made.clone())
-                seen.inputs[name], seen.outputs[name] = args[0].reshape(rows, -1), made
-                return made.view(output.shape)
-
-            return hook
-
-        def norm(name: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                seen.normed[name] = args[0].reshape(rows, -1)
-
-            return hook
-
-        def stop(*unused: Any) -> None:
-            raise Stop
-
-        try:
-            handles = [module.register_forward_hook(linear(name)) for name, module in self.linears.items()]
-            handles += [module.register_forward_pre_hook(norm(name)) for name, module in self.norms.items()]
-            handles.append(self.layer.register_forward_hook(stop))
-            with _attention_function(self.model, attention), evaluating(self.model), suppress(Stop):
-                self.model(input_ids=torch.full((rows, 1), 3, device=self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-    def follow(self, name: str) -> tuple[list[int], Seen]:
-        """A pass in which row b has NaN in one output feature of a linear module, and which feature that is."""
-        total = self.outputs_of(name)
-        count = min(total, MOST_ROWS)
-        picked = sorted({row * (total - 1) // max(count - 1, 1) for row in range(count)})
-
-        def change(made: Tensor) -> Tensor:
-            made[torch.arange(len(picked)), torch.tensor(picked)] = float("nan")
-            return made
-
-        return picked, self.run(len(picked), {name: change})
-
-    def outputs_of(self, name: str) -> int:
-        module: Any = self.linears[name]
-        return int(module.out_features if isinstance(module, nn.Linear) else module.nf)
-
-    def inputs_of(self, name: str) -> int:
-        module: Any = self.linears[name]
-        return int(module.in_features if isinstance(module, nn.Linear) else module.nx)
-
-
-# Under way: what is registered stays registered, and should not keep a model alive.
-_functions: list[Callable[..., Any]] = []
-
-
-@contextmanager
-def _attention_function(model: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """A model whose attentions call a function of ours, through transformers' registry."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
-
-    before = model.config._attn_implementation
-    AttentionInterface.register(TRACING, lambda *args, **kwargs: _functions[-1](*args, **kwargs))
-    AttentionMaskInterface.register(TRACING, eager_mask)
-    _functions.append(function)
-    try:
-        try:
-            model.set_attn_implementation(TRACING)
-        except ValueError as error:
-            raise _unknown(f"a {type(model).__name__} does not let its attention function be chosen") from error
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        _functions.pop()
-
-
 # ---- from what is seen to names --------------------------------------------------------------------------------------
 
 
@@ -211,23 +77,23 @@ def trace(model: Any) -> Layout:
     except UnsupportedModelError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise _unknown(f"its first layer does not run on one token ({error})") from error
+        raise unknown(f"its first layer does not run on one token ({error})") from error
 
 
 def _trace(model: Any) -> Layout:
     if not getattr(model, "can_generate", lambda: False)():
-        raise _unknown(f"a {type(model).__name__} does not generate, and only causal language models are looked into")
+        raise unknown(f"a {type(model).__name__} does not generate, and only causal language models are looked into")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise _unknown("its weights are on the meta device; load them first")
+        raise unknown("its weights are on the meta device; load them first")
     name, layers = _layers(model)
     watch = Watch(model, layers[0])
     seen = watch.run(1)
     if seen.attention is None:
-        raise _unknown(f"the attention of {name}.0 does not go through transformers' attention functions")
+        raise unknown(f"the attention of {name}.0 does not go through transformers' attention functions")
     block = next((path for path, module in layers[0].named_modules() if module is seen.attention), "")
     inside = {path for path in watch.linears if path.startswith(f"{block}.")}
     if not block or len(inside) == len(watch.linears):
-        raise _unknown(f"{name}.0 does not keep its attention in a module of its own")
+        raise unknown(f"{name}.0 does not keep its attention in a module of its own")
     prefix = model.base_model_prefix if hasattr(model, model.base_model_prefix) else ""
     return Layout(
         layers=name.removeprefix(f"{prefix}."),
@@ -246,13 +112,13 @@ def _layers(model: Any) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == count
     }
     if len(found) != 1:
-        raise _unknown(f"{len(found)} lists of modules have num_hidden_layers={count} entries, not one")
+        raise unknown(f"{len(found)} lists of modules have num_hidden_layers={count} entries, not one")
     ((name, layers),) = found.items()
     if len({type(layer) for layer in layers}) > 1:
-        raise _unknown(f"the layers in {name} are of different classes")
+        raise unknown(f"the layers in {name} are of different classes")
     deep = next((f"{name}.0.{path}" for path, p in layers[0].named_parameters() if p.dim() > 2), None)
     if deep is not None:
-        raise _unknown(f"{deep} is no matrix, as experts and convolutions are not; only dense decoders are looked into")
+        raise unknown(f"{deep} is no matrix, as experts and convolutions are not; only dense decoders are looked into")
     return name, layers
 
 
@@ -261,7 +127,7 @@ def _attention(model: Any, watch: Watch, seen: Seen, block: str, inside: set[str
     heads, kv_heads = seen.heads["q"].shape[1], seen.heads["k"].shape[1]
     width = seen.heads["q"].shape[2]
     if not seen.heads["q"].shape[2] == seen.heads["k"].shape[2] == seen.heads["v"].shape[2]:
-        raise _unknown(f"{block} has values of another width than its keys")
+        raise unknown(f"{block} has values of another width than its keys")
     reads, across, interleaved = {}, {}, False
     rest = [path for path in seen.inputs if path in inside]
     for path in list(rest):
@@ -277,14 +143,14 @@ def _attention(model: Any, watch: Watch, seen: Seen, block: str, inside: set[str
             reads["qkv"] = name
             interleaved = roles != sorted(roles, key=lambda role: "qkv".index(str(role)))
         else:
-            raise _unknown(f"what {path} makes goes to {sorted(set(map(str, roles)))}")
+            raise unknown(f"what {path} makes goes to {sorted(set(map(str, roles)))}")
         for role, every in goes:
             if every and (heads if role == "q" else kv_heads) > 1:
                 across[_norm(watch, seen, block, path)] = str(role)
     if set(reads) not in ({"qkv"}, {"q", "k", "v"}):
-        raise _unknown(f"of {block}, {sorted(reads) or 'none'} of q, k, v are made by linear modules")
+        raise unknown(f"of {block}, {sorted(reads) or 'none'} of q, k, v are made by linear modules")
     if len(rest) != 1 or watch.inputs_of(rest[0]) != heads * width:
-        raise _unknown(f"{block} has {len(rest)} linear modules behind its heads, not one over all of them")
+        raise unknown(f"{block} has {len(rest)} linear modules behind its heads, not one over all of them")
     return {
         "head": _named(seen.attention, WIDTHS, width, f"the width of a head, {width},"),
         "reads": reads,
@@ -307,7 +173,7 @@ def _roles(watch: Watch, row: Mapping[str, Tensor]) -> tuple[str | None, bool]:
     """Which of q, k, v a feature goes to (None: neither), and whether to every head of it."""
     touched = [role for role, heads in row.items() if heads.any()]
     if len(touched) > 1:
-        raise _unknown(f"one feature of a projection goes to {' and '.join(touched)}")
+        raise unknown(f"one feature of a projection goes to {' and '.join(touched)}")
     return (touched[0], bool(row[touched[0]].all())) if touched else (None, False)
 
 
@@ -316,14 +182,14 @@ def _norm(watch: Watch, seen: Seen, block: str, path: str) -> str:
     for name, x in seen.normed.items():
         if name.startswith(f"{block}.") and torch.equal(x, seen.outputs[path]):
             return name.removeprefix(f"{block}.")
-    raise _unknown(f"the heads that {path} makes are not independent, and no RMSNorm over all of them explains it")
+    raise unknown(f"the heads that {path} makes are not independent, and no RMSNorm over all of them explains it")
 
 
 def _named(owner: Any, names: tuple[str, ...], value: int, what: str) -> str:
     found = next((name for name in names if _number(owner, name) == value), None)
     if found is None:
         kind = type(owner).__name__
-        raise _unknown(f"{kind} says {what or value} under none of the names {', '.join(names)}")
+        raise unknown(f"{kind} says {what or value} under none of the names {', '.join(names)}")
     return found
 
 
@@ -371,33 +237,33 @@ def _counts(model: Any, watch: Watch, attention: Any, heads: int, kv_heads: int,
 def _mlp(model: Any, watch: Watch, paths: list[str]) -> dict[str, Any]:
     """What of a layout is about the MLP: of linear modules, in the order of their calls."""
     if len(paths) not in (2, 3):
-        raise _unknown(f"a layer has {len(paths)} linear modules beside its attention; a dense MLP has two or three")
+        raise unknown(f"a layer has {len(paths)} linear modules beside its attention; a dense MLP has two or three")
     *makers, taker = paths
     neurons = watch.inputs_of(taker)
     holder = taker.rpartition(".")[0]
     if any(path.rpartition(".")[0] != holder for path in makers) or "." in holder:
-        raise _unknown(f"{', '.join(paths)} are not the modules of one MLP")
+        raise unknown(f"{', '.join(paths)} are not the modules of one MLP")
     for path in makers:
         picked, seen = watch.follow(path)
         touched = [row.isnan().nonzero().flatten().tolist() for row in seen.inputs[taker]]
         if touched != [[feature % neurons] for feature in picked]:
-            raise _unknown(f"the features of {path} do not enter {taker} one by one")
+            raise unknown(f"the features of {path} do not enter {taker} one by one")
     names = {path: path.removeprefix(f"{holder}.") if holder else path for path in paths}
     made = {path: watch.outputs_of(path) for path in makers}
     if len(makers) == 2 and set(made.values()) == {neurons}:
         gates = [path for path in makers if not _doubles(watch, path, taker, slice(None))]
         if len(gates) != 1:
-            raise _unknown(f"it is not one of {' and '.join(makers)} that is a gate")
+            raise unknown(f"it is not one of {' and '.join(makers)} that is a gate")
         (gate,) = gates
         makes = {"gate": names[gate], "up": names[next(path for path in makers if path != gate)]}
     elif len(makers) == 1 and made[makers[0]] == 2 * neurons:
         if not _doubles(watch, makers[0], taker, slice(neurons, None)):
-            raise _unknown(f"{makers[0]} does not make the gates first and then what they multiply")
+            raise unknown(f"{makers[0]} does not make the gates first and then what they multiply")
         makes = {"gate_up": names[makers[0]]}
     elif len(makers) == 1 and made[makers[0]] == neurons:
         makes = {"up": names[makers[0]]}
     else:
-        raise _unknown(f"{made} features enter {neurons} of {taker}")
+        raise unknown(f"{made} features enter {neurons} of {taker}")
     return {
         "mlp": holder,
         "makes": makes,
@@ -426,4 +292,4 @@ def _activation(watch: Watch, maker: str, taker: str) -> str:
             with suppress(Exception):  # not a function of one tensor
                 if torch.equal(module(seen.outputs[maker]), seen.inputs[taker]):
                     return name
-    raise _unknown(f"no module of the layer makes what enters {taker} of what {maker} gives")
+    raise unknown(f"no module of the layer makes what enters {taker} of what {maker} gives")

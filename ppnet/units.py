@@ -140,6 +140,10 @@ class Site:
         """Whether the consumer is inside of `block`."""
         return self.consumer.name.startswith(f"{self.block}.")
 
+    def leaf(self, role: str) -> Leaf | None:
+        """The leaf of just this role."""
+        return next((leaf for leaf in self.leaves if leaf.role == role), None)
+
     def producer(self, role: str) -> Leaf | None:
         """The producer, fused or not, that makes queries (``q``), gates (``gate``) and so on."""
         return next((leaf for leaf in self.producers if role in leaf.parts), None)

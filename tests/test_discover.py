@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ppnet
-from ppnet.discover import TRACING, trace
+from ppnet.discover import trace
 from ppnet.errors import CheckpointError, UnsupportedModelError
 from ppnet.families import FAMILIES, structure_of
 from ppnet.families.decoders import DERIVED, TINY
 from ppnet.families.layout import Layout, sites_of
+from ppnet.tracing import TRACING
 
 TOLERANCE = 1e-5
 DECODERS = [model_type for model_type in EVERY_TYPE if FAMILIES[model_type].decoder]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, REPRESENTATIVES, auto_class, tiny
+from helpers import MODEL_TYPES, auto_class, tiny
 from plans import batch, logits, random_plan
 from safetensors.torch import save_file
 from transformers import AutoModel, LlamaForSequenceClassification
@@ -71,7 +71,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "ppnet"]
 @pytest.mark.parametrize("tie", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"])
 def test_reloads_in_a_fresh_process_without_ppnet(tie, tmp_path):
     folders = tmp_path / "folders"
-    for model_type in REPRESENTATIVES:
+    for model_type in MODEL_TYPES:
         model = tiny(model_type, tie_word_embeddings=tie)
         small = compact(model, random_plan(model))
         folder = folders / f"{model_type}-{tie}"
@@ -93,7 +93,7 @@ def test_reloads_in_a_fresh_process_without_ppnet(tie, tmp_path):
     command = [sys.executable, "-P", "-c", RELOAD, str(folders)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    assert len(run.stdout.split()) == len(REPRESENTATIVES)
+    assert len(run.stdout.split()) == len(MODEL_TYPES)
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
