@@ -276,7 +276,9 @@ def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, lay
             trace.calls[index].run_until(decoder_layer(small, projection.site), trace.small)
             now = stream(model, before, trace.dense.to(wide), whole.outputs[:number])
             own = stream(small, before, trace.small.to(wide), [tap.output for tap in earlier])
-            projection.add(whole.inputs[number], end.input, whole.outputs[number] + (now - own), trace.real, method)
+            output = whole.outputs[number]
+            output = output + (now - own).view_as(output)
+            projection.add(whole.inputs[number], end.input, output, trace.real, method)
 
 
 def _advance(model: nn.Module, small: nn.Module, layer: Sequence[Site], index: int, traces: Sequence[Trace],

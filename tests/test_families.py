@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from functools import cache, partial
@@ -20,6 +21,7 @@ import ppnet
 from ppnet.errors import CheckpointError, EquivalenceError, UnsupportedModelError
 from ppnet.families import FAMILIES, structure_of
 from ppnet.families.layout import Layout, sites_of
+from ppnet.scores.probe import Probe
 from ppnet.streaming import compact_folder
 from ppnet.verify import verify_sites
 
@@ -128,6 +130,33 @@ class TestFamily:
         expected = logits(zeroed(ordered, plan), batch())
         with ppnet.resize(ppnet.wrap(ordered), plan):
             assert relative(expected, logits(ordered, batch())) <= TOLERANCE
+
+    def test_redistributes(self, model_type):
+        """In sequence where a layer only adds up what its sub-layers give; that is refused elsewhere."""
+        model, plan, _, _ = made(model_type, tied(model_type))
+        data = [{"input_ids": token_ids(batch=6, length=30, seed=seed)} for seed in (1, 2)]
+        more = {"gemma2", "gemma3_text", "glm4", "granite", "olmo2", "olmo3"}  # norms of outputs, a multiplier
+        options = {"redistribute": data, "sequential": model_type not in more}
+        if model_type in more:
+            with pytest.raises(UnsupportedModelError, match=r"does more than to add .* use sequential=False"):
+                ppnet.compact(model, plan, redistribute=data)
+        small = ppnet.compact(model, plan, **options)
+        errors = small.ppnet_plan.extra["redistribution"]["errors"]
+        assert errors.keys() == plan.kept.keys()
+        assert all(error["after"] <= error["before"] for error in errors.values())
+
+    def test_scores_see_sequences(self, model_type):
+        """Also where a layer flattens its tokens: what is summed is by sequence."""
+        model, _, _, _ = made(model_type, tied(model_type))
+        sites, shapes = structure_of(model).sites, {}
+        probe = Probe(model, sites, sink=lambda number, x, dx: shapes.update({number: (x.shape, dx.shape)}))
+        try:
+            ids = token_ids(batch=3, length=17)
+            model(ids, labels=ids).loss.backward()
+        finally:
+            probe.remove()
+            model.zero_grad()
+        assert shapes == {number: ((3, 17, site.consumer.index.numel()),) * 2 for number, site in enumerate(sites)}
 
 
 def attention_config(small, site) -> bool:
@@ -256,12 +285,24 @@ def test_a_layers_own_config_is_the_shared_one_but_for_its_entries():
             assert module.self_attn.config.num_attention_heads == 2 * kept
             assert module.self_attn.config._attn_implementation == implementation
             assert module.self_attn.config.max_position_embeddings == 64
-    copied = copy.deepcopy(small)
-    assert copied.model.layers[0].self_attn.config._shared is copied.config
+    for copied in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert copied.model.layers[0].self_attn.config._shared is copied.config
+        assert torch.equal(logits(copied, batch()), logits(small, batch()))
     wrapped = ppnet.wrap(copy.deepcopy(model))
     with ppnet.resize(wrapped, plan):
         assert relative(expected, logits(wrapped, batch())) <= TOLERANCE
     assert all(module.self_attn.config is wrapped.config for module in wrapped.model.layers)
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "phi3", "opt"])
+def test_gated_models_can_be_pickled(model_type):
+    model, plan, masked, _ = made(model_type, False)
+    gated_model = ppnet.wrap(copy.deepcopy(model))
+    with ppnet.resize(gated_model, plan):
+        copied = pickle.loads(pickle.dumps(gated_model))
+    assert relative(logits(masked, batch()), logits(copied, batch())) <= TOLERANCE  # of the size it had
+    ppnet.resize(copied, None)
+    assert torch.equal(logits(copied, batch()), logits(model, batch()))
 
 
 def test_what_a_family_refuses():

@@ -161,7 +161,7 @@ def _layer_sites(layout: Layout, model: Any, layer: int, name: str, module: Any)
         units=heads.groups,
         producers=tuple(_attention_leaves(layout, model, block, heads)),
         consumer=linear_leaf(model, f"{block}.{layout.writes}", "out", heads.features("q")),
-        attributes=partial(_counts, layout, heads, _eps(layout, attention)),
+        attributes=partial(_counts, dict(layout.counts), heads, _eps(layout, attention)),
         norm=after_attention,
         across=tuple(
             Leaf(f"{block}.{norm}", heads.features(role), 0, f"{role}_norm") for norm, role in layout.across.items()
@@ -208,9 +208,9 @@ def _eps(layout: Layout, attention: Any) -> Mapping[str, float]:
     return {f"{norm}.variance_epsilon": attention.get_submodule(norm).variance_epsilon for norm in layout.across}
 
 
-def _counts(layout: Layout, heads: Heads, eps: Mapping[str, float], kept: int) -> Mapping[str, int | float]:
+def _counts(counts: Mapping[str, str], heads: Heads, eps: Mapping[str, float], kept: int) -> Mapping[str, int | float]:
     numbers = {"heads": kept * heads.queries, "kv_heads": kept, "features": kept * heads.queries * heads.width}
-    found: dict[str, int | float] = {name: numbers[what] for name, what in layout.counts.items()}
+    found: dict[str, int | float] = {name: numbers[what] for name, what in counts.items()}
     return found | {name: value * heads.groups / kept for name, value in eps.items()}
 
 
