@@ -103,7 +103,10 @@ register_layout(
 
 
 def _bigcode(config: Any) -> Layout:
-    """With one KV head for all queries, q, k and v come one after the other; with one each, head by head."""
+    """With one KV head for all queries, q, k and v come one after the other; with one each, head by head.
+
+    One KV head is one unit, which stays: of such a model only neurons can go.
+    """
     return Layout(
         layers="h",
         attention="attn",
