@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ppnet.accelerate import accelerate, decelerate
 from ppnet.checkpoint import load, save
 from ppnet.compact import compact
+from ppnet.discover import discover
 from ppnet.extension import build_info
 from ppnet.gates.config import PuppetConfig
 from ppnet.inspect import inspect
@@ -66,6 +67,7 @@ __all__ = [
     "compact",
     "compact_folder",
     "decelerate",
+    "discover",
     "draft",
     "evaluate",
     "heal",

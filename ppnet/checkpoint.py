@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ppnet.errors import CheckpointError, DataError, PPNetError
 from ppnet.families import FAMILIES, structure_of
+from ppnet.families.layout import register_traced
 from ppnet.files import atomic_directory
 from ppnet.gates import PuppetConfig
 from ppnet.plan import Plan
@@ -182,7 +183,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(f"path: {path} has no {CONFIG_FILE} (found {found}); it is not a model folder.")
-    return read_json(path / CONFIG_FILE)
+    config = read_json(path / CONFIG_FILE)
+    register_traced(config)
+    return config
 
 
 # ---- weight files ----------------------------------------------------------------------------------------------------
