@@ -319,7 +319,8 @@ def restore_gates(model: Any, path: Path, config: dict[str, Any], files: list[Pa
 
 def _attach_gates(model: Any, path: Path, options: Any, gates: dict[str, Tensor]) -> None:
     try:
-        puppet_config = PuppetConfig.from_dict(options)
+        # Folders from before there were prefix masks go on training with draws.
+        puppet_config = PuppetConfig.from_dict({"prefix_fraction": 0.0, "prefix_warmup": 0.0, **options})
     except (PPNetError, TypeError) as error:
         raise CheckpointError(f"path: the entry 'ppnet' of {path / CONFIG_FILE} is damaged: {error}") from error
     attach(model, select_kinds(structure_of(model), puppet_config.kinds), puppet_config)

@@ -158,6 +158,38 @@ def test_a_verification_computes_tokens_as_if_alone(model_type, dtype):
     assert _tie(ppnet.decelerate(model)) > 0.0
 
 
+def test_a_width_that_fills_no_whole_vectors_is_rechecked():
+    model = ppnet.accelerate(tiny("llama", dtype=torch.bfloat16, hidden_size=48, intermediate_size=64))
+    assert _tie(model) > 0.0
+
+
+def test_gates_of_one_kind_verify_in_half_precision():
+    model = ppnet.wrap(
+        tiny("llama", dtype=torch.bfloat16, intermediate_size=64), ppnet.PuppetConfig(kinds=("kv_group",))
+    )
+    ppnet.accelerate(model.eval())
+    ppnet.resize(model, 0.9)
+    found = ppnet.speculate(model, 0.8, token_ids(1, 6), max_new_tokens=6, eos_token_id=None)
+    assert found.new_tokens == 6
+
+
+def test_a_draft_from_before_sorting_is_refused():
+    model = ppnet.wrap(tiny("llama"), ppnet.PuppetConfig()).eval()
+    small = ppnet.draft(model, 0.8)
+    ppnet.sort_(model)
+    with pytest.raises(PPNetError, match=r"draft_size: a draft that was made before ppnet\.sort_"):
+        ppnet.speculate(model, small, token_ids(1, 6), max_new_tokens=4)
+    ppnet.speculate(model, ppnet.draft(model, 0.8), token_ids(1, 6), max_new_tokens=4)
+
+
+def test_what_changes_samples_in_other_ways_is_refused():
+    model = ppnet.wrap(tiny("llama"), ppnet.PuppetConfig()).eval()
+    model.generation_config.min_p = 0.9
+    with pytest.raises(PPNetError, match=r"min_p=0\.9"):
+        ppnet.speculate(model, 0.8, token_ids(1, 6), max_new_tokens=4, do_sample=True)
+    ppnet.speculate(model, 0.8, token_ids(1, 6), max_new_tokens=4)
+
+
 # ---- one set of weights ----------------------------------------------------------------------------------------------
 
 

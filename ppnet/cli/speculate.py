@@ -80,10 +80,10 @@ def speculate(
             put_on(model)
         size = parse_size(draft)
         small = make_draft(model, size, metric=metric, of=of, multiple_of=parse_multiple_of(multiple_of), scores=scores)
-        source = torch.Generator(ids.device).manual_seed(seed)
+        source = torch.Generator(model.device).manual_seed(seed)
         found = run(
             model, small, ids, max_new_tokens=new, do_sample=sample, temperature=temperature, top_k=top_k, top_p=top_p,
-            draft_length=length, generator=source if model.device.type == "cpu" else None,
+            draft_length=length, generator=source,
         )  # fmt: skip
         result = {"model": folder, "draft": size, "text": words.decode(found.sequences[0], skip_special_tokens=True)}
         result |= found.to_dict()
@@ -93,6 +93,7 @@ def speculate(
         ["tokens", f"{found.new_tokens:,}"],
         ["tokens per s", f"{found.tokens_per_s:,.1f}"],
         *([["the model alone", f"{result['alone_tokens_per_s']:,.1f}"]] if compare else []),
+        *([["the same tokens", "yes" if result["same_as_alone"] else "no"]] if compare and not sample else []),
         ["acceptance", f"{found.acceptance:.3f}"],
         ["tokens per verification", f"{found.tokens_per_verification:.2f}"],
         ["bytes of weights", f"{found.memory.weights:,}"],
@@ -103,7 +104,7 @@ def speculate(
 
 
 def _alone(model: Any, found: Any, ids: Any, new: int, sample: bool) -> dict[str, Any]:
-    """The same number of tokens by `generate`, after one that warms up; greedy ones must be the same."""
+    """The same number of tokens by `generate`, after one that warms up, and whether greedy ones are the same."""
     # Models that were saved after training say use_cache: false.
     options = {"do_sample": False, "pad_token_id": 0, "use_cache": True}
     model.generate(ids, max_new_tokens=2, **options)

@@ -10,42 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppnet.errors import DataError, PPNetError, UnsupportedModelError
-from ppnet.evaluate.model_state import context_of, device_of, vocabulary_of
-from ppnet.families import FAMILIES, check_decoder, predicts_tokens
+from ppnet.evaluate.model_state import device_of
+from ppnet.families import FAMILIES, check_decoder
 from ppnet.modes import evaluating
 from ppnet.ops.linear_decode import DTYPES, MOST_TOKENS, has_kernels
 from ppnet.plan import Plan
 from ppnet.size import Size, refuse_options
 from ppnet.speculation.acceptance import TIES, Greedy, Sampled, Verdict
+from ppnet.speculation.arguments import check_config, check_options, check_pair, prompt_ids, stops
 from ppnet.speculation.drafts import Memory, draft, memory
-from ppnet.speculation.pace import LONGEST, Pace
+from ppnet.speculation.pace import Pace
 from ppnet.wrap import engine_of, is_accelerated, is_wrapped
 
 PACE = "_ppnet_pace"
-# Neurons that whole vectors of any instruction set hold, in half precision and several rows at a time.
-WHOLE = 64
+# Neurons, and features of the model's width, that whole vectors of any instruction set hold in half precision: of
+# neurons several rows at a time.
+WHOLE, VECTOR = 64, 32
 # Tokens of a prompt that an accelerated draft reads through the decode operators.
 SHORT = 8 * MOST_TOKENS
-# Entries of a generation config that change which tokens `generate` gives, and what leaves them unchanged.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "exponential_decay_length_penalty": (),
-    "guidance_scale": (1.0,),
-    "watermarking_config": (),
-    "stop_strings": (),
-}
 
 
 @dataclass(frozen=True)
@@ -61,7 +43,8 @@ class Speculation:
         rechecked: rounds whose logits were too close for a pass of several tokens, and were computed in one of their
             own (greedy, without the decode operators).
         lengths: drafted tokens of every round.
-        seconds: wall time: of all, of the prompts, of drafting, of verifying.
+        seconds: wall time: of all, of the target's reading the prompt, of drafting (the draft's reading of the prompt
+            included), of verifying.
         memory: bytes (`Memory`).
     """
 
@@ -133,9 +116,10 @@ def speculate(
 
     The draft proposes tokens, the model verifies them in one pass (Leviathan et al. 2023, arXiv 2211.17192). Greedy
     output is that of ``model.generate(input_ids, do_sample=False)``: of an accelerated model to the bit, as the decode
-    operators compute every token of a pass as if it were alone (in half precision, if layers have multiples of 64
-    neurons); elsewhere tokens whose logits are closer than rounding are computed anew in a pass of their own. Sampled
-    tokens have the model's distribution, whatever the draft is.
+    operators compute every token of a pass as if it were alone (in half precision, if the width is a multiple of 32 and
+    layers have multiples of 64 neurons). Elsewhere tokens whose logits are closer than rounding are computed anew in a
+    pass of their own; in half precision keys and values that were rounded in another order can still change one where
+    logits are nearly level. Sampled tokens have the model's distribution, whatever the draft is.
 
     Args:
         model: a causal language model: with gates, at any size, or dense.
@@ -144,7 +128,8 @@ def speculate(
         input_ids: ``(1, T)`` or ``(T,)``, T >= 1, without padding. One sequence: of several, each would accept another
             number of tokens.
         max_new_tokens: N at most.
-        do_sample: whether to sample; the next three, as in `transformers`, then apply to model and draft alike.
+        do_sample: whether to sample; the next three, as in `transformers`, then apply to model and draft alike. The
+            generation config's own are not read.
         top_k: 0: all tokens (`generate` takes 50 unless told otherwise).
         eos_token_id: where to stop, one or several; ``"model"``: ``model.generation_config``'s; None: nowhere.
         draft_length: tokens per round, at most 7. None: by measured costs and acceptance, anew in every round. With
@@ -161,18 +146,19 @@ def speculate(
         PPNetError: a value that is not allowed; a generation config that changes tokens in other ways than these.
     """
     check_decoder(model, "tokens to generate")
-    _check_options(model, max_new_tokens, temperature, top_k, top_p, draft_length)
-    prompt = _prompt(model, input_ids, max_new_tokens)
+    check_options(model, max_new_tokens, temperature, top_k, top_p, draft_length)
+    check_config(model, do_sample)
+    prompt = prompt_ids(model, input_ids, max_new_tokens)
     if isinstance(draft_size, nn.Module):
         refuse_options("draft_size is already a model", **draft_options)
         small = draft_size
     else:
         small = draft(model, draft_size, **draft_options)
-    _check_pair(model, small)
+    check_pair(model, small)
     pace = small.__dict__.setdefault(PACE, Pace()) if draft_length is None else Pace(draft_length)
     rule = Sampled(temperature, top_k, top_p, generator) if do_sample else Greedy(_tie(model))
     with evaluating(model, small):
-        return _Decoding(model, small, prompt, _stops(model, eos_token_id), rule, pace).run(max_new_tokens)
+        return _Decoding(model, small, prompt, stops(model, eos_token_id), rule, pace).run(max_new_tokens)
 
 
 class _Reader:
@@ -256,7 +242,7 @@ class _Decoding:
             # The draft reads the prompt once; that says nothing of the cost of a token.
             start = time.perf_counter()
             self.read_prompt()
-            self.prompt_seconds += time.perf_counter() - start
+            self.draft_seconds += time.perf_counter() - start
         start = time.perf_counter()
         proposed, drawn_from = self.propose(self.pace.length(left - 1))
         middle = time.perf_counter()
@@ -320,81 +306,10 @@ def _tie(model: nn.Module) -> float:
     weight: Any = model.get_input_embeddings().weight  # type: ignore[operator]
     exact = is_accelerated(model) and weight.dtype in DTYPES and has_kernels(weight)
     if exact and weight.dtype != torch.float32:
-        # The neurons that fill no whole vector are added up in an order that depends on the number of tokens.
+        # What fills no whole vector is added up in an order that depends on the number of tokens.
         fixed = engine_of(model).fixed if is_wrapped(model) else None
+        kept = {} if fixed is None else fixed.kept  # of the kinds that are gated
         sites = FAMILIES[str(model.config.model_type).removeprefix("ppnet_")].sites(model)  # type: ignore[union-attr]
-        neurons = [site for site in sites if site.kind == "neuron"]
-        exact = all((site.units if fixed is None else len(fixed.kept[site.name])) % WHOLE == 0 for site in neurons)
+        counts = [len(kept.get(site.name, range(site.units))) for site in sites if site.kind == "neuron"]
+        exact = weight.shape[1] % VECTOR == 0 and all(count % WHOLE == 0 for count in counts)
     return 0.0 if exact else TIES[weight.dtype]
-
-
-def _stops(model: Any, eos_token_id: int | Sequence[int] | str | None) -> set[int]:
-    if isinstance(eos_token_id, str):
-        if eos_token_id != "model":
-            raise PPNetError(f"eos_token_id: {eos_token_id!r} must be an id, several, 'model' (its own) or None.")
-        eos_token_id = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
-    return {int(token) for token in ids}
-
-
-def _prompt(model: nn.Module, input_ids: Tensor | Sequence[int], new: int) -> list[int]:
-    """The prompt's ids. Raises DataError."""
-    ids = torch.as_tensor(input_ids)
-    if ids.dim() == 2 and len(ids) > 1:
-        raise DataError(
-            f"input_ids: {len(ids)} sequences; speculative decoding takes one, as each would accept another number of "
-            "tokens. Call it for each, or decode all at once with model.generate(input_ids)."
-        )
-    if ids.dim() not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
-        raise DataError(
-            f"input_ids: got {tuple(ids.shape)} of {ids.dtype}; give int64 ids of shape (1, T) or (T,), T >= 1."
-        )
-    tokens = [int(token) for token in ids.flatten().tolist()]
-    vocabulary, context = vocabulary_of(model), context_of(model)
-    if min(tokens) < 0 or max(tokens) >= vocabulary:
-        raise DataError(f"input_ids: ids from {min(tokens)} to {max(tokens)}; the model's are in [0, {vocabulary}).")
-    if context is not None and len(tokens) + new > context:
-        raise DataError(
-            f"max_new_tokens: {new} and the prompt's {len(tokens)} exceed the model's context of {context} tokens; ask "
-            f"for at most {max(0, context - len(tokens))}, or shorten the prompt."
-        )
-    return tokens
-
-
-def _check_options(
-    model: Any, new: int, temperature: float, top_k: int, top_p: float, draft_length: int | None
-) -> None:
-    """Raises PPNetError, UnsupportedModelError."""
-    if not predicts_tokens(model):
-        raise UnsupportedModelError(
-            f"model: a {type(model).__name__} has no head that predicts tokens; load it with AutoModelForCausalLM."
-        )
-    if new < 1:
-        raise PPNetError(f"max_new_tokens: {new} must be at least 1.")
-    if not temperature > 0:
-        raise PPNetError(f"temperature: {temperature} must be above 0; do_sample=False is the limit of 0.")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise PPNetError(f"top_k, top_p: {top_k}, {top_p}; top_k must be at least 0 (all tokens), top_p in (0, 1].")
-    if draft_length is not None and not 0 <= draft_length <= LONGEST:
-        raise PPNetError(f"draft_length: {draft_length} must be 0 to {LONGEST}, or None to choose it by measuring.")
-    config = getattr(model, "generation_config", None)
-    for name, neutral in NEUTRAL.items():
-        value = getattr(config, name, None)
-        if value is not None and value not in neutral:
-            raise PPNetError(
-                f"model: its generation_config has {name}={value!r}, which speculate does not apply, so that its "
-                f"output would not be generate's; set model.generation_config.{name} = None first."
-            )
-
-
-def _check_pair(model: nn.Module, small: nn.Module) -> None:
-    """Raises PPNetError."""
-    if small is model:
-        raise PPNetError(
-            "draft_size: the model itself, whose size cannot be two at once; give ppnet.draft(model, size)."
-        )
-    if vocabulary_of(small) != vocabulary_of(model) or device_of(small) != device_of(model):
-        raise PPNetError(
-            f"draft_size: a model of {vocabulary_of(small)} tokens on {device_of(small)}; the target has "
-            f"{vocabulary_of(model)} on {device_of(model)}, and both must be the same."
-        )

@@ -57,9 +57,9 @@ def draft(
     """A model of a smaller size that shares its weights with `model`, as a draft for speculative decoding.
 
     It is an ordinary model object of the same class, gated, at that size and in evaluation mode: for `ppnet.speculate`
-    and for ``model.generate(ids, assistant_model=draft)``. Parameters and buffers are the same tensors: training one
-    trains both. It is accelerated if `model` is; accelerate first, so that a model that is not sorted is read through
-    indices instead of gathered.
+    and for ``model.generate(ids, assistant_model=draft)``. Parameters and buffers are the same tensors: to train one or
+    to convert its dtype, does so to both, and after `ppnet.sort_` a new draft is due. It is accelerated if `model` is;
+    accelerate first, so that a model that is not sorted is read through indices instead of gathered.
 
     Args:
         model: with gates, at any size, or dense. It is not changed.
