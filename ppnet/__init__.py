@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ppnet.accelerate import accelerate, decelerate
 from ppnet.checkpoint import load, save
 from ppnet.compact import compact
+from ppnet.discover import discover
 from ppnet.extension import build_info
 from ppnet.gates.config import PuppetConfig
 from ppnet.inspect import inspect
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ppnet.reporting import report
     from ppnet.scores.result import Scores
     from ppnet.scores.score import score, score_methods
+    from ppnet.speculation import draft, speculate
     from ppnet.streaming import compact_folder
     from ppnet.train import DistillationTrainer, PuppetCallback, PuppetTrainer, PuppetTrainerMixin, heal
 
@@ -40,6 +42,7 @@ _LAZY = {
     "DistillationTrainer": "ppnet.train",
     "calibration_batches": "ppnet.calibration",
     "compact_folder": "ppnet.streaming",
+    "draft": "ppnet.speculation",
     "heal": "ppnet.train",
     "report": "ppnet.reporting",
     "evaluate": "ppnet.evaluate",
@@ -47,6 +50,7 @@ _LAZY = {
     "score": "ppnet.scores",
     "score_methods": "ppnet.scores",
     "scores": "ppnet.scores",
+    "speculate": "ppnet.speculation",
 }
 
 __all__ = [
@@ -63,6 +67,8 @@ __all__ = [
     "compact",
     "compact_folder",
     "decelerate",
+    "discover",
+    "draft",
     "evaluate",
     "heal",
     "inspect",
@@ -77,6 +83,7 @@ __all__ = [
     "scores",
     "size_curve",
     "sort_",
+    "speculate",
     "unwrap",
     "wrap",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +192,61 @@ def _first(tensor: Tensor, leaf: Leaf, dim: int, units: int) -> Tensor:
     if blocks == 1:
         return tensor.narrow(dim, 0, features)
     return tensor.unflatten(dim, (blocks, -1)).narrow(dim + 1, 0, features).movedim(dim, 0)
+
+
+# ---- norms over all units --------------------------------------------------------------------------------------------
+
+
+class Across:
+    """Which features a norm over all units is given in a pass, of its own order: None for all.
+
+    Attributes:
+        eps: of the norm, with all units.
+        mean_square: ``(..., 1)``, what to divide by the root of instead of the given features' own.
+    """
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+        self.features: Tensor | None = None
+        self.mean_square: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Across:
+        return Across(self.eps)
+
+    def set(self, norm: Leaf, units: Tensor | None, mean_square: Tensor | None = None) -> None:
+        self.features = None if units is None or len(units) == len(norm.index) else norm.features(units)
+        self.mean_square = mean_square
+
+
+def across_forward(self: Any, x: Tensor) -> Tensor:
+    """Forward of a patched RMSNorm over all units, of which some are given: the others are zeros in its mean square."""
+    part: Across = self._ppnet_across
+    if part.features is None and part.mean_square is None:
+        return type(self).forward(self, x)
+    weight = self.weight if part.features is None else self.weight.index_select(0, part.features.to(x.device))
+    wide = x.float()
+    mean_square = part.mean_square
+    if mean_square is None:
+        mean_square = wide.square().sum(-1, keepdim=True) / len(self.weight)
+    return (weight * (wide * torch.rsqrt(mean_square + part.eps))).to(x.dtype)
+
+
+def across_of(model: nn.Module, norm: Leaf) -> Across:
+    return cast(Any, model.get_submodule(norm.name))._ppnet_across
+
+
+def patch_across(module: Any) -> None:
+    """Gives a norm over all units the forward that is told which of them it gets."""
+    module.__dict__["_ppnet_across"] = Across(module.variance_epsilon)
+    module.__dict__["forward"] = partial(across_forward, module)
+
+
+def unpatch_across(module: nn.Module) -> None:
+    module.__dict__.pop("_ppnet_across", None)
+    module.__dict__.pop("forward", None)
+
+
+# ---- leaves ----------------------------------------------------------------------------------------------------------
 
 
 def patch_leaf(module: nn.Linear | Conv1D, by_input: bool) -> Binding:

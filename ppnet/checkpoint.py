@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ppnet.errors import CheckpointError, DataError, PPNetError
 from ppnet.families import FAMILIES, structure_of
+from ppnet.families.layout import register_traced
 from ppnet.files import atomic_directory
 from ppnet.gates import PuppetConfig
 from ppnet.plan import Plan
@@ -182,7 +183,9 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_FILE).is_file():
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(f"path: {path} has no {CONFIG_FILE} (found {found}); it is not a model folder.")
-    return read_json(path / CONFIG_FILE)
+    config = read_json(path / CONFIG_FILE)
+    register_traced(config)
+    return config
 
 
 # ---- weight files ----------------------------------------------------------------------------------------------------
@@ -316,7 +319,8 @@ def restore_gates(model: Any, path: Path, config: dict[str, Any], files: list[Pa
 
 def _attach_gates(model: Any, path: Path, options: Any, gates: dict[str, Tensor]) -> None:
     try:
-        puppet_config = PuppetConfig.from_dict(options)
+        # Folders from before there were prefix masks go on training with draws.
+        puppet_config = PuppetConfig.from_dict({"prefix_fraction": 0.0, "prefix_warmup": 0.0, **options})
     except (PPNetError, TypeError) as error:
         raise CheckpointError(f"path: the entry 'ppnet' of {path / CONFIG_FILE} is damaged: {error}") from error
     attach(model, select_kinds(structure_of(model), puppet_config.kinds), puppet_config)

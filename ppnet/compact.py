@@ -221,12 +221,20 @@ def _state_feature_count(module: Any) -> None:
         module.nx, module.nf = module.weight.shape
 
 
-@torch.no_grad()
 def shrunk(model: nn.Module, structure: Structure, plan: Plan, parts: Mapping[str, Kept]) -> Any:
     """A deep copy without the units that go, with the class and config that say so; `plan` is attached to it.
 
     Dense leaves are never copied. Of a model without weights (on the meta device) it is one without weights.
     """
+    small = cut_copy(model, structure, plan, parts)
+    _fit_config(small, structure, plan)
+    small.ppnet_plan = plan
+    return small
+
+
+@torch.no_grad()
+def cut_copy(model: nn.Module, structure: Structure, plan: Plan, parts: Mapping[str, Kept]) -> Any:
+    """`shrunk`, but of a class and config that may not say its widths: it runs, and cannot be saved."""
     # deepcopy takes what the memo already holds, so a dense parameter is replaced by its small version on the way. It
     # also keeps the memo's values alive and every tie between modules (embeddings, the shared config).
     memo: dict[int, Any] = {}
@@ -243,8 +251,6 @@ def shrunk(model: nn.Module, structure: Structure, plan: Plan, parts: Mapping[st
         for leaf in site.leaves:
             _state_feature_count(small.get_submodule(leaf.name))
         site.set_attributes(small, len(plan.kept[site.name]))
-    _fit_config(small, structure, plan)
-    small.ppnet_plan = plan
     return small
 
 
@@ -288,7 +294,7 @@ def _fit_config(small: Any, structure: Structure, plan: Plan) -> None:
     if not _same_shapes(small, target, copy.deepcopy(config)):
         raise EquivalenceError(
             f"model: {target.__name__} built from the new config has other shapes than the compacted weights; the "
-            f"family {family.name!r} and ppnet/shipped/modeling_ppnet_{family.name}.py disagree on per_layer_config."
+            f"family {family.name!r} and ppnet/shipped/modeling_ppnet_{family.stem}.py disagree on per_layer_config."
         )
 
 
@@ -304,5 +310,9 @@ def _stock_reproduces(small: Any, numbers: dict[str, int]) -> bool:
 def _same_shapes(small: Any, target: type, config: Any) -> bool:
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         built = target(config)
-    shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (built, small)]
+    # Buffers, too: rotary tables have the width of a head, which a class may take from elsewhere than its projections.
+    shapes = [
+        {name: tensor.shape for each in (model.named_parameters(), model.named_buffers()) for name, tensor in each}
+        for model in (built, small)
+    ]
     return shapes[0] == shapes[1]

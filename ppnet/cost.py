@@ -80,7 +80,7 @@ class CostModel:
 
 
 def unit_cost(model: nn.Module, site: Site) -> Cost:
-    """Cost of one unit of a site: its rows and columns in every leaf, and its bias entries in the producers."""
+    """Cost of one unit of a site: its rows and columns in every leaf, its entries in biases of producers and norms."""
     params = flops = stored = 0
     for leaf in site.leaves:
         module = leaf_module(model, leaf)
@@ -90,6 +90,9 @@ def unit_cost(model: nn.Module, site: Site) -> Cost:
             entries += leaf.features_per_unit
         params += entries
         stored += entries * module.weight.element_size()
+    for norm in site.across:
+        params += norm.features_per_unit
+        stored += norm.features_per_unit * leaf_module(model, norm).weight.element_size()
     return Cost(params, flops, stored)
 
 

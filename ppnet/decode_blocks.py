@@ -52,7 +52,7 @@ def norm_eps(module: nn.Module) -> float | None:
 def fuse_norm(module: nn.Module) -> bool:
     """Gives an RMSNorm the fused forward, if it then computes the same on random tokens; returns whether it does."""
     eps = norm_eps(module)
-    if eps is None:
+    if eps is None or "_ppnet_across" in module.__dict__:  # that norm is not always given all features
         return False
     module.__dict__["_ppnet_eps"] = eps
     module.__dict__["forward"] = partial(norm_forward, module)
@@ -105,6 +105,8 @@ def attention_block_forward(
 def is_known(block: nn.Module) -> bool:
     """Whether an attention block has the parts and the signature that `attention_block_forward` is written for."""
     parts = all("_ppnet_binding" in getattr(block, name, nn.Identity()).__dict__ for name in LEAVES)
+    norm = getattr(getattr(block, "q_norm", None), "weight", None)
+    parts = parts and (norm is None or len(norm) == block.head_dim)
     attributes = all(
         hasattr(block, name) for name in ("config", "head_dim", "layer_idx", "scaling", "attention_dropout")
     )

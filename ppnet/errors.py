@@ -32,4 +32,10 @@ class TrainingError(PPNetError, RuntimeError):
 
 
 class EquivalenceError(PPNetError, RuntimeError):
-    """A compacted model does not reproduce the masked model's logits."""
+    """A compacted model does not reproduce the masked model's logits.
+
+    Attributes:
+        distance: by how much they differ, of the largest logit; infinite where there are none to compare.
+    """
+
+    distance: float = float("inf")

@@ -10,6 +10,7 @@ from torch import nn
 from ppnet.cost import Cost, CostModel, cost_model
 from ppnet.gates.config import SCORES
 from ppnet.units import Structure
+from ppnet.verify import verify_sites
 from ppnet.wrap import engine_of, is_wrapped, structure_for
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Inspection:
     gated: bool
     kept: dict[str, int]
     importance: str | None = None
+    verified: float | None = None
 
     @property
     def smallest(self) -> Cost:
@@ -43,6 +45,7 @@ class Inspection:
             "vocabulary": structure.vocabulary,
             "gated": self.gated,
             "importance": self.importance,
+            "verified": self.verified,
             "cost": {
                 "dense": costs.dense.to_dict(),
                 "fixed": costs.fixed.to_dict(),
@@ -73,7 +76,8 @@ class Inspection:
             f"{dense.params:,} params, {'gated' if self.gated else 'not gated'}",
             caption=f"never removed: {costs.fixed.params:,} params ({costs.fixed.params / dense.params:.1%}); "
             f"smallest possible: {self.smallest.params:,} ({self.smallest.params / dense.params:.1%})"
-            + (f"\nimportance inside the gates: {self.importance}" if self.gated else ""),
+            + (f"\nimportance inside the gates: {self.importance}" if self.gated else "")
+            + ("" if self.verified is None else f"\nverified: removal equals masking to {self.verified:.1e}"),
         )
         for name, justify in (("site", "left"), ("module", "left"), ("units", "right"), ("kept", "right"),
                               ("params/unit", "right"), ("share of params", "right")):  # fmt: skip
@@ -94,14 +98,17 @@ class Inspection:
         return buffer.getvalue().rstrip()
 
 
-def inspect(model: nn.Module) -> Inspection:
+def inspect(model: nn.Module, verify: bool = False) -> Inspection:
     """What was found in a model. Print the result for a table.
 
     Args:
         model: a Hugging Face model, wrapped or not.
+        verify: try whether the units are what its family says: a model without half of them must compute what the one
+            computes in which these are masked (`ppnet.verify`). Needs memory for one such model.
 
     Raises:
         UnsupportedModelError: unknown family, already compacted, quantised, or with adapters; says why.
+        EquivalenceError: with `verify`: they are not; names the first site that is wrong.
     """
     structure = structure_for(model)
     gated = is_wrapped(model)
@@ -114,4 +121,5 @@ def inspect(model: nn.Module) -> Inspection:
         importance = config.importance
         if importance == SCORES:
             importance += f", ranked within each {config.normalise_scores}"
-    return Inspection(type(model).__name__, structure, costs, gated, kept, importance)
+    verified = verify_sites(model, structure) if verify else None
+    return Inspection(type(model).__name__, structure, costs, gated, kept, importance, verified)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +51,11 @@ def kept_parts(model: nn.Module, structure: Structure, plan: Plan, scales: Scale
                 if leaf_module(model, leaf).bias is not None:
                     found[f"{leaf.name}.bias"] = Kept(0, features)
             found[f"{leaf.name}.weight"] = Kept(leaf.weight_dim, features, factors)
+        for norm in site.across:
+            # rsqrt(S / n + eps) = sqrt(k / n) rsqrt(S / k + eps n / k), of k kept features with the sum of squares S.
+            larger = torch.full((len(units) * norm.features_per_unit,), math.sqrt(site.units / len(units)))
+            factors = {0: larger} if len(units) < site.units else {}
+            found[f"{norm.name}.weight"] = Kept(0, norm.features(units), factors)
     return found
 
 

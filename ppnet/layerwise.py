@@ -131,7 +131,7 @@ def stream(model: nn.Module, sites: Sequence[Site], start: Tensor, outputs: Sequ
         outputs: what their consumers gave, ``(B, T, D)`` each.
     """
     for site, output in zip(sites, outputs, strict=True):
-        start = start + output.to(start.dtype)
+        start = start + output.view_as(start).to(start.dtype)  # some layers flatten (B, T) before their MLP
         if site.norm:
             norm = model.get_submodule(site.norm)
             weight = next(norm.parameters(), start)

@@ -177,6 +177,8 @@ class Projection:
     def add(self, dense: Tensor | None, small: Tensor, output: Tensor, real: Tensor, method: str) -> None:
         """Adds the tokens of one batch that are `real`: both models' features, of which `nearest` alone asks for the
         dense one's, and what the projection should give."""
+        # Some layers flatten (B, T) before their MLP.
+        real = real.reshape(output.shape[:-1])
         output = output[real].to(self.folded.dtype)
         if self.dense.bias is not None:
             output = output - self.dense.bias.to(output)
@@ -228,7 +230,8 @@ def _in_one_pass(model: nn.Module, small: nn.Module, sites: Sequence[Projection]
         for trace in traces:
             trace.calls[index].run_until(layer, trace.dense)
             for projection, (dense, own) in zip(sites, taps, strict=True):
-                features = own.input if projection.site.holds_consumer else own.output
+                site = projection.site
+                features = own.input if site.holds_consumer else site.entering(small, own.output)
                 projection.add(dense.input, features, dense.output, trace.real, method)
 
 
@@ -273,7 +276,9 @@ def _in_sequence(model: nn.Module, small: nn.Module, projection: Projection, lay
             trace.calls[index].run_until(decoder_layer(small, projection.site), trace.small)
             now = stream(model, before, trace.dense.to(wide), whole.outputs[:number])
             own = stream(small, before, trace.small.to(wide), [tap.output for tap in earlier])
-            projection.add(whole.inputs[number], end.input, whole.outputs[number] + (now - own), trace.real, method)
+            output = whole.outputs[number]
+            output = output + (now - own).view_as(output)
+            projection.add(whole.inputs[number], end.input, output, trace.real, method)
 
 
 def _advance(model: nn.Module, small: nn.Module, layer: Sequence[Site], index: int, traces: Sequence[Trace],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ppnet.binding import Binding, GatedLeaf, feature_gate, gather_site, view_site
+from ppnet.binding import Binding, GatedLeaf, across_of, feature_gate, gather_site, view_site
 from ppnet.decode import Kept
 from ppnet.errors import TrainingError
 from ppnet.gates.draw import Draw
@@ -294,6 +294,8 @@ class Engine:
         self.active[index] = None
         for leaf in site.leaves:
             self.binding(leaf).set(None, None)
+        for norm in site.across:
+            across_of(self.model, norm).set(norm, None)
         self.set_attributes(site, site.units)
 
     def _bind(self, index: int, site_pass: SitePass) -> None:
@@ -309,6 +311,8 @@ class Engine:
             bound = gather_site(self.model, site, site_pass.computed, site_pass.gate) if views is None else views
             for leaf in site.leaves:
                 self.binding(leaf).set(*bound[leaf.name])
+        for norm in site.across:
+            across_of(self.model, norm).set(norm, site_pass.computed)
         self.set_attributes(site, units)
 
     def _kept(self, leaf: Leaf, site_pass: SitePass) -> Kept:

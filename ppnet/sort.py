@@ -117,6 +117,8 @@ def _permute_site(model: nn.Module, site: Site, order: Tensor, per_unit: Sequenc
         moved.append((module.weight, leaf.weight_dim, *features))
         if leaf.role != "out" and module.bias is not None:
             moved.append((module.bias, 0, *features))
+    for norm in site.across:
+        moved.append((leaf_module(model, norm).weight, 0, norm.features(places), norm.features(order)))
     new = [tensor.index_select(dim, source.to(tensor.device)) for tensor, dim, _, source in moved]
     for (tensor, dim, target, _), values in zip(moved, new, strict=True):
         tensor.index_copy_(dim, target.to(tensor.device), values)

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from ppnet import ops
-from ppnet.binding import gather_site
+from ppnet.binding import across_of, gather_site
 from ppnet.gates.draw import generator
-from ppnet.units import Site
+from ppnet.units import Leaf, Site, leaf_module
 
 if TYPE_CHECKING:
     from ppnet.skip import Engine
+
+
+# What attentions call the cache, which a second run must not add to.
+CACHES = ("past_key_values", "layer_past")
 
 
 @dataclass
@@ -98,7 +102,7 @@ def dropped_gate_gradient(
             x, dy = x.index_select(0, picked), dy.index_select(0, picked)
             args = tuple(_pick(value, picked, batch) for value in args)
             kwargs = {name: _pick(value, picked, batch) for name, value in kwargs.items()}
-        kwargs = {name: None if name == "past_key_values" else value for name, value in kwargs.items()}
+        kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
     outputs, columns = _unit_outputs(dropped, x, args, kwargs)
     dunits = ops.linear(dy, columns.t())
     products = (outputs.float() * dunits.float()).flatten(0, -2).sum(dim=0)
@@ -131,6 +135,20 @@ def _pick(value: Any, picked: Tensor, batch: int) -> Any:
     return value
 
 
+def _mean_square(dropped: DroppedUnits, norm: Leaf, x: Tensor) -> Tensor:
+    """What a norm over all units divides by the root of: of the kept units, as dropped ones do not count: (B, T, 1)."""
+    engine, site = dropped.engine, dropped.site
+    leaf = site.producer(norm.role.removesuffix("_norm"))
+    assert leaf is not None
+    kept = torch.ones(site.units, dtype=torch.bool)
+    kept[dropped.units] = False
+    module = leaf_module(engine.model, leaf)
+    features = leaf.features(kept.nonzero().flatten()).to(x.device)
+    bias = None if module.bias is None else module.bias.index_select(0, features)
+    made = ops.linear(x, module.weight.index_select(leaf.weight_dim, features), bias)
+    return made.float().square().sum(-1, keepdim=True) / norm.index.numel()
+
+
 def _unit_outputs(
     dropped: DroppedUnits, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -146,16 +164,20 @@ def _unit_outputs(
     try:
         for leaf in site.producers:
             engine.binding(leaf).set(*weights[leaf.name])
+        for norm in site.across:
+            across_of(engine.model, norm).set(norm, dropped.units, _mean_square(dropped, norm, x))
         consumer.capture = captured
         engine.set_attributes(site, len(dropped.units))
         # The forward itself, not __call__: the hooks of the gated pass must not run here.
         output = block.forward(x, *args, **{name: value for name, value in kwargs.items() if name != "hidden_states"})
         if not site.holds_consumer:
-            captured.append(output)
+            captured.append(site.entering(engine.model, output))
     finally:
         consumer.capture = None
         for binding, bound in saved:
             binding.set(*bound)
+        for norm in site.across:
+            across_of(engine.model, norm).set(norm, None if computed is None else computed.computed)
         engine.set_attributes(site, site.units if computed is None else len(computed.computed))
     columns = weights[site.consumer.name][0]
     return captured[0], columns if site.consumer.weight_dim == 1 else columns.t()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ KINDS = ("kv_group", "neuron")
 # The entry of a model's config that `ppnet.sort_` leaves; absent where units are in the order they were made in.
 ORDER = "ppnet_order"
 _READ = "_ppnet_read"
+# What the outputs of a fused producer are, in the order in which `Leaf.index` holds them side by side.
+FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +37,10 @@ class Leaf:
         index: int64 ``(U, r)``; the ``r`` output features (producer) or input features (consumer) of unit ``u``.
         weight_dim: the axis of ``weight`` that is indexed: 0 or 1. ``nn.Linear`` stores (out, in), ``Conv1D``
             (in, out).
-        role: what the leaf does, in the field's words: ``q``, ``k``, ``v``, ``qkv``, ``gate``, ``up`` (producers) or
-            ``out`` (the consumer).
-        blocks: widths of the blocks that `index` holds side by side: ``(r,)``, or ``(Dh, Dh, Dh)`` for fused q|k|v.
+        role: what the leaf does, in the field's words: ``q``, ``k``, ``v``, ``qkv``, ``gate``, ``up``, ``gate_up``
+            (producers), ``out`` (the consumer), or ``q_norm``, ``k_norm`` (`Site.across`).
+        blocks: widths of the blocks that `index` holds side by side: ``(r,)``, or ``(Dh, Dh, Dh)`` for a fused q|k|v in
+            which all of q comes first. Where the features of a unit lie together, that is one block, also if fused.
     """
 
     name: str
@@ -53,6 +56,14 @@ class Leaf:
     @property
     def features_per_unit(self) -> int:
         return int(self.index.shape[1])
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What a unit's features do: role -> ``(U, part of r)``; one role, or those of a fused producer."""
+        roles = FUSED.get(self.role, (self.role,))
+        fused = len(self.blocks) == len(roles)
+        widths = list(self.blocks) if fused else [self.features_per_unit // len(roles)] * len(roles)
+        return dict(zip(roles, self.index.split(widths, dim=1), strict=True))
 
     @cached_property
     def consecutive(self) -> bool:
@@ -90,9 +101,14 @@ class Site:
         units: U, the dense number of units.
         producers: leaves whose output features belong to units.
         consumer: the leaf whose input features belong to units.
-        attributes: kept units K -> the attributes of `block` that say its width, dotted where a child has them.
+        attributes: kept units K -> the attributes of `block` that say its width, dotted where a child has them;
+            ``config.<name>`` for an entry of the config that the forward reads.
         norm: post-norm families: dotted name of the norm that is taken of the sub-layer's input plus the consumer's
             output. Empty: the consumer's output is what is added to the residual stream.
+        activation: where `block` does not hold the consumer: dotted name of the module that what it returns goes
+            through before it enters the consumer; empty: none.
+        across: norms over the features of all units at once (of all queries, of all keys), as leaves whose `weight` is
+            one number per feature. Units that are removed no longer count in their mean square.
     """
 
     layer: int
@@ -101,8 +117,10 @@ class Site:
     units: int
     producers: tuple[Leaf, ...]
     consumer: Leaf
-    attributes: Callable[[int], Mapping[str, int]]
+    attributes: Callable[[int], Mapping[str, int | float]]
     norm: str = ""
+    activation: str = ""
+    across: tuple[Leaf, ...] = ()
 
     @property
     def name(self) -> str:
@@ -115,7 +133,7 @@ class Site:
     @property
     def output(self) -> str:
         """The module whose output is what the units give to the residual stream."""
-        return self.consumer.name if self.norm else self.block
+        return self.block if self.holds_consumer and not self.norm else self.consumer.name
 
     @property
     def holds_consumer(self) -> bool:
@@ -123,13 +141,31 @@ class Site:
         return self.consumer.name.startswith(f"{self.block}.")
 
     def leaf(self, role: str) -> Leaf | None:
+        """The leaf of just this role."""
         return next((leaf for leaf in self.leaves if leaf.role == role), None)
+
+    def producer(self, role: str) -> Leaf | None:
+        """The producer, fused or not, that makes queries (``q``), gates (``gate``) and so on."""
+        return next((leaf for leaf in self.producers if role in leaf.parts), None)
+
+    def entering(self, model: nn.Module, output: Tensor) -> Tensor:
+        """What enters a consumer that is outside of `block`, from what the block returned."""
+        return model.get_submodule(self.activation)(output) if self.activation else output
 
     def set_attributes(self, model: nn.Module, kept: int) -> None:
         """Tells the modules of a model that the site has `kept` units."""
+        own: dict[str, int | float] = {}
         for name, value in self.attributes(kept).items():
+            if name.startswith("config."):
+                own[name.removeprefix("config.")] = value
+                continue
             owner, _, attribute = f"{self.block}.{name}".rpartition(".")
             setattr(model.get_submodule(owner), attribute, value)
+        if own:
+            from ppnet.shipped.modeling_ppnet_decoder import LayerConfig
+
+            block, shared = cast(Any, model.get_submodule(self.block)), cast(Any, model).config
+            block.config = shared if kept == self.units else LayerConfig(shared, own)
 
 
 @dataclass(frozen=True, eq=False)

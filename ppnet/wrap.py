@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ppnet.attention import TRAINING, use_attention
-from ppnet.binding import patch_leaf, unpatch_leaf
+from ppnet.binding import patch_across, patch_leaf, unpatch_across, unpatch_leaf
 from ppnet.decode import fuse_mlps, unfuse_mlp
 from ppnet.errors import PPNetError, UnsupportedModelError
 from ppnet.families import structure_of
@@ -170,6 +170,8 @@ def attach(model: nn.Module, structure: Structure, config: PuppetConfig) -> None
     for site in structure.sites:
         for leaf in site.leaves:
             patch_leaf(leaf_module(model, leaf), by_input=leaf.role == "out")
+        for norm in site.across:
+            patch_across(model.get_submodule(norm.name))
     fuse_mlps(model, structure.sites)
     use_attention(model, TRAINING)
     for index, site in enumerate(structure.sites):
@@ -206,6 +208,8 @@ def strip(model: Model) -> Model:
     for site in engine.sites:
         for leaf in site.leaves:
             unpatch_leaf(leaf_module(model, leaf))
+        for norm in site.across:
+            unpatch_across(model.get_submodule(norm.name))
         block = model.get_submodule(site.block)
         unfuse_mlp(block)
         for module in (block, model.get_submodule(site.output)):

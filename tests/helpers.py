@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -11,8 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from ppnet.families import FAMILIES
 from ppnet.units import Structure
 
-MODEL_TYPES = sorted(FAMILIES)
-DECODERS = [model_type for model_type in MODEL_TYPES if FAMILIES[model_type].decoder]
+EVERY_TYPE = sorted(FAMILIES)
+# Between them they have every way in which ppnet itself treats units; `test_families.py` is for all types.
+MODEL_TYPES = ["bert", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
+DECODERS = MODEL_TYPES[1:]
+# For tests that hold for any family, whatever its modules are called and whatever its norms compute in.
+WITH_SLOW_TYPES = [
+    *MODEL_TYPES,
+    *(pytest.param(other, marks=pytest.mark.slow) for other in EVERY_TYPE if other not in MODEL_TYPES),
+]
 TOLERANCE = 4e-6
 """Of the logits of tiny models in float32 that were added up in another order."""
 
@@ -75,6 +83,10 @@ class GatedReference:
             )
             consumer = model.get_submodule(site.consumer.name)
             self.handles.append(consumer.register_forward_pre_hook(self._times(z[columns])))
+            for norm in site.across:
+                here = torch.zeros(norm.index.numel(), dtype=torch.bool)
+                here[norm.index] = (z.detach() != 0)[:, None].expand(norm.index.shape)
+                self.handles.append(model.get_submodule(norm.name).register_forward_hook(self._over(here)))
             if site.kind == "neuron":
                 if input_scale is not None:
                     block = model.get_submodule(site.block)
@@ -84,6 +96,17 @@ class GatedReference:
     @staticmethod
     def _times(factor: Tensor) -> Any:
         return lambda module, args: (args[0] * factor.to(args[0].dtype), *args[1:])
+
+    @staticmethod
+    def _over(here: Tensor) -> Any:
+        """A norm over all units whose mean square is of those that are here; the others are divided by it, too."""
+
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0].float()
+            mean_square = (x * here).square().mean(-1, keepdim=True)
+            return (module.weight * (x * torch.rsqrt(mean_square + module.variance_epsilon))).to(output.dtype)
+
+        return hook
 
     def __enter__(self) -> GatedReference:
         return self

@@ -22,7 +22,7 @@ def plan_of(model: nn.Module, kept) -> Plan:
 def random_plan(model: nn.Module, seed: int = 0) -> Plan:
     """Different random units, and different widths, in every site."""
     source = random.Random(seed)
-    return plan_of(model, lambda site: source.sample(range(site.units), source.randint(1, site.units - 1)))
+    return plan_of(model, lambda site: source.sample(range(site.units), source.randint(1, max(1, site.units - 1))))
 
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
@@ -33,6 +33,12 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
             dropped = [unit for unit in range(site.units) if unit not in plan.kept[site.name]]
             columns = site.consumer.index[dropped].flatten()
             reference.get_submodule(site.consumer.name).weight.index_fill_(site.consumer.weight_dim, columns, 0.0)
+            for norm in site.across:  # dropped units are zeros for a norm over all units
+                leaf = site.producer(norm.role.removesuffix("_norm"))
+                module = reference.get_submodule(leaf.name)
+                module.weight.index_fill_(leaf.weight_dim, leaf.index[dropped].flatten(), 0.0)
+                if module.bias is not None:
+                    module.bias.index_fill_(0, leaf.index[dropped].flatten(), 0.0)
     return reference
 
 

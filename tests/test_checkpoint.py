@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, auto_class, tiny
+from helpers import WITH_SLOW_TYPES, auto_class, tiny
 from plans import batch, logits, plan_of, random_plan
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, set_seed
@@ -33,7 +33,7 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_compacted_model_round_trip(model_type, tmp_path):
     model = tiny(model_type)
     small = compact(model, random_plan(model))
@@ -46,7 +46,7 @@ def test_compacted_model_round_trip(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_gated_model_round_trip(model_type, preset, tmp_path, caplog):
     model = gated(model_type, preset=preset, hierarchy="pooled")
     save(model, tmp_path / "gated")
@@ -150,7 +150,7 @@ def test_folders_that_are_not_models(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         load(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="model_type 'electra'; supported are bert, gpt2, llama"):
+    with pytest.raises(CheckpointError, match=r"model_type 'electra'; supported are bert, .*gpt2, .*llama"):
         load(tmp_path)
 
 

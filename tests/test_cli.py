@@ -141,6 +141,22 @@ def test_eval_at_sizes_prints_a_table(ppnet, folders):
     assert code == 0 and "perplexity" in out and "0.6" in out
 
 
+def test_speculate(ok, ppnet, refused, folders):
+    command = ("speculate", folders["puppet"], "--prompt", "the cat ", "--new", 20)
+    found = ok(*command, "--draft", 0.7, "--compare", "--length", 3)
+    assert found["same_as_alone"] and found["text"].startswith("t h e   c a t") and found["tokens_per_s"] > 0
+    assert found["memory"]["draft_own"] < found["memory"]["weights"] and max(found["lengths"]) == 3
+    plain = ok(*command, "--draft", 0.9, "--no-accelerate", "--compare")
+    assert plain["same_as_alone"] and plain["sequences"] == found["sequences"]
+    sample = (*command, "--draft", 0.7, "--sample", "--temperature", 0.8, "--top-p", 0.9, "--length", 2)
+    assert ok(*sample)["sequences"] == ok(*sample)["sequences"] != ok(*sample, "--seed", 1)["sequences"]
+    dense = ("speculate", folders["dense"], "--prompt", "the cat ", "--new", 4, "--draft", 0.5)
+    code, out, _ = ppnet(*dense, "--scores", "magnitude")
+    assert code == 0 and "acceptance" in out and "t h e   c a t" in out
+    assert "no gates to rank its units" in refused(*dense)
+    assert "context of 64" in refused(*command[:-1], 100, "--draft", 0.7)
+
+
 def test_eval_with_mask_draws(ok, ppnet, refused, folders):
     command = ("eval", folders["puppet"], "--data", folders["text"], "--max-tokens", 200)
     drawn = (*command, "--sizes", "0.7,0.4", "--metric", "flops", "--draws", 3)
@@ -335,7 +351,7 @@ def test_interrupt_exits_with_130(ppnet, monkeypatch, tmp_path):
 def test_every_command_explains_itself(ppnet):
     code, out, _ = ppnet("--help")
     assert code == 0
-    for command in ("inspect", "train", "resize", "compact", "eval", "bench", "report", "demo"):
+    for command in ("inspect", "train", "resize", "compact", "eval", "speculate", "bench", "report", "demo"):
         assert command in out
         code, text, _ = ppnet(command, "--help")
         assert code == 0 and "Example" in text and "--json" in text

@@ -63,7 +63,7 @@ def unequal_groups():
 MODELS = {
     "unknown": (
         electra,
-        r"model_type 'electra' is not supported\. Supported: bert, gpt2, llama.*add one file to ppnet/families/",
+        r"model_type 'electra' is not supported\. Supported: bert, .*discover.*add an entry to ppnet/families/",
     ),
     "compacted": (compacted, r"model_type is 'ppnet_llama', so this model was already compacted.*the dense model"),
     "quantised": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -182,6 +183,16 @@ def test_frozen_weights_have_no_dense_passes(tmp_path):
     assert all(model.puppet.draw().u > 0 for _ in range(20))
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
     assert "puppet.theta" in changed and all(name.startswith("puppet.") for name in changed)
+
+
+def test_folders_from_before_prefixes_go_on_with_draws(tmp_path):
+    ppnet.save(wrap(tiny("llama"), PuppetConfig()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("prefix_fraction", "prefix_warmup"):
+        del config["ppnet"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = ppnet.load(tmp_path).puppet.config
+    assert (found.prefix_fraction, found.prefix_warmup) == (0.0, 0.0)
 
 
 # ---- sandwich steps --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, tiny, token_ids
+from helpers import WITH_SLOW_TYPES, tiny, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,7 +55,7 @@ def smallest_unit_left_out(made, costs):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_sizes_are_met_to_the_unit(model_type, metric):
     gated, plain = models(model_type)
     costs = cost_model(plain, structure_of(plain))
@@ -72,7 +72,7 @@ def test_sizes_are_met_to_the_unit(model_type, metric):
             assert made.source == ("gates" if model is gated else "magnitude")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_costs_are_those_of_the_compacted_model(model_type):
     gated, _ = models(model_type)
     for dtype in (torch.float32, torch.bfloat16):
@@ -230,7 +230,7 @@ def test_plans_of_an_unwrapped_model_rank_by_magnitude_on_request():
     assert not hasattr(model, "puppet") and not hasattr(model.config, "ppnet")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_plan_round_trip(model_type, tmp_path):
     for model in models(model_type):
         made = plan(model, 0.6, metric="flops")

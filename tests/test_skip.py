@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import MODEL_TYPES, GatedReference, tiny, token_ids
+from helpers import WITH_SLOW_TYPES, GatedReference, tiny, token_ids
 
 import ppnet.skip
 from ppnet.evaluate.memory import peak_bytes
@@ -56,7 +56,7 @@ def unwrap_keeping_gates(wrapped):
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_gradients_of_every_parameter_equal_autograd(model_type, preset):
     model = gated(model_type, preset=preset).train()
     ids = token_ids()
@@ -138,7 +138,7 @@ def test_token_samples_have_the_right_size_and_weight():
     assert set(counts) == {0, 1} and abs(sum(counts) / len(counts) - 0.5) < 0.05
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", WITH_SLOW_TYPES)
 def test_resized_logits_equal_the_masked_dense_model(model_type):
     model = gated(model_type, dtype=torch.float32).eval()
     ids = token_ids()

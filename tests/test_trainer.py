@@ -159,6 +159,19 @@ def test_mixin_goes_before_any_trainer(tmp_path: Path) -> None:
         run.train()
 
 
+def test_training_alone_is_without_the_generation_cache(tmp_path: Path) -> None:
+    model = wrapped()
+    seen = []
+    model.register_forward_hook(lambda *args: seen.append(model.config.use_cache))
+    first, second = (trainer(model, tmp_path / name, max_steps=1, save_steps=1) for name in ("a", "b"))
+    assert model.config.use_cache
+    for run in (first, second):
+        run.train()
+        assert model.config.use_cache
+    assert seen and not any(seen)
+    assert ppnet.load(tmp_path / "b" / "checkpoint-1").config.use_cache
+
+
 def test_evaluation_is_dense(tmp_path: Path) -> None:
     model = wrapped()
     run = PuppetTrainer(model, arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=blocks(4))

@@ -86,14 +86,15 @@ class Study:
         if not (folder / "config.json").exists():
             start = time.perf_counter()
             model, taken = make()
-            ppnet.save(model, folder)
+            # The row first: a folder without one would never get it. After a kill in between there are two.
             taken = {f"training_{unit}": value for unit, value in taken.items()}
             self.rows.add(start, {"run": name, "seed": self.seed, "what": "training", **key}, **taken)
+            ppnet.save(model, folder)
         return ppnet.load(folder).eval()
 
     def taken(self, name: str) -> dict[str, float]:
         """What training took, from its row."""
-        (row,) = self.rows.select(run=name, seed=self.seed, what="training")
+        row = self.rows.select(run=name, seed=self.seed, what="training")[-1]
         return {unit: row[f"training_{unit}"] for unit in ("seconds", "flops", "tokens")}
 
     def dense(self) -> Any:

@@ -110,7 +110,7 @@ def plot(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...], path:
         highest = max(highest, *(statistics.mean(v) for v in found))
     log_scale(axis, "x", min(fractions), 1.0)
     log_scale(axis, "y", 1.0, max(2.0, min(highest, HIGHEST)))
-    headline(axis, LIGHT, f"{recipe['subject']}: quality at every size, equal tokens")
+    headline(axis, LIGHT, f"{recipe['subject']}: quality at every size")
     labels(axis, LIGHT, "fraction of the gated FLOPs", "perplexity / dense model without gates")
     legend(axis, LIGHT)
     figure.savefig(path)

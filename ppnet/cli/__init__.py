@@ -1,4 +1,4 @@
-"""The command ``ppnet``: inspect, score, train, resize, compact, heal, eval, bench, report, demo.
+"""The command ``ppnet``: inspect, score, train, resize, compact, heal, eval, speculate, bench, report, demo.
 
 Results go to stdout, progress and messages to stderr; with ``--json`` stdout holds one JSON value and nothing else.
 Exit codes: 0 done, 1 a request that cannot be carried out (one line says why), 2 wrong usage, 130 interrupted.
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from ppnet.cli import bench, demo, measure, models, score, train
+from ppnet.cli import bench, demo, evaluate, measure, models, score, speculate, train
 from ppnet.errors import PPNetError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for module in (models, score, train, measure, bench, demo):
+for module in (models, score, train, evaluate, measure, speculate, bench, demo):
     module.add_to(app)
 
 

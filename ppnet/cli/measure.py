@@ -1,4 +1,4 @@
-"""``ppnet eval | bench FOLDER | report``: quality and speed, at one size or at many."""
+"""``ppnet bench FOLDER | report``: quality and speed, at one size or at many; models of a size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from ppnet.cli.common import (
     Metric,
     MultipleOf,
     Of,
-    Ranking,
     Sizes,
     Tokenizer,
     check_output,
-    check_ranking,
     load_model,
     load_tokenizer,
     parse_multiple_of,
@@ -28,7 +26,6 @@ from ppnet.cli.common import (
     show,
     table,
 )
-from ppnet.cli.ensemble import CoverageDraws, Draws, Level, Seed, evaluate_draws, refuse_without_draws
 from ppnet.errors import PPNetError
 
 if TYPE_CHECKING:
@@ -52,107 +49,6 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's
 
 
 BENCH_SIZES = "0.75,0.5,0.25"
-
-
-def evaluate(
-    folder: Folder,
-    data: DataFile,
-    sizes: Sizes = None,
-    metric: Metric = "params",
-    of: Of = "model",
-    multiple_of: MultipleOf = None,
-    scores: Ranking = None,
-    draws: Draws = None,
-    coverage_draws: CoverageDraws = None,
-    level: Level = None,
-    seed: Seed = None,
-    tokenizer: Tokenizer = None,
-    window: Window = None,
-    stride: Stride = None,
-    batch: Batch = 8,
-    bos: Bos = "auto",
-    separator: Separator = None,
-    max_tokens: MaxTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json: Json = False,
-) -> None:
-    """Perplexity of a model on held-out text, as it is or at some sizes; with --draws, what the gates are unsure of.
-
-    Gates rank the units of a size, or scores if these are given; sizes of a model without gates need scores.
-
-    Example:  ppnet eval puppet --data valid.txt --sizes 1,0.5,0.25 --separator '<|endoftext|>'
-    Example:  ppnet eval models/llama --data valid.txt --sizes 1,0.5,0.25 --scores scores.safetensors
-    Example:  ppnet eval puppet --data valid.txt --size 0.5 --draws 8 --coverage-draws 40
-    """
-    if draws is not None:
-        evaluate_draws(
-            folder,
-            data,
-            sizes,
-            metric=metric,
-            of=of,
-            draws=draws,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-            json=json,
-            refused={"scores": scores, "multiple_of": multiple_of},
-            coverage_draws=coverage_draws,
-            level=level,
-            seed=seed,
-            window=window,
-            stride=stride,
-            batch_size=batch,
-            bos=bos,
-            separator=separator,
-            max_tokens=max_tokens,
-        )
-        return
-    refuse_without_draws(coverage_draws=coverage_draws, level=level, seed=seed)
-    from ppnet.evaluate import perplexity
-
-    if sizes is None and scores is not None:
-        raise PPNetError(f"scores: {scores} has a meaning only with --sizes; leave it out.")
-    wanted: list[float | int | None] = list(parse_sizes(sizes)) if sizes is not None else [None]
-    with quiet_stdout():
-        words = load_tokenizer(tokenizer or folder)
-        model = load_model(folder, device, dtype)
-        if sizes is not None:
-            check_ranking(model, scores)
-        plans = [_plan(model, size, metric, of, multiple_of, scores) for size in wanted]
-        rows = []
-        for size, plan in zip(wanted, plans, strict=True):
-            measured = perplexity(
-                _sized(model, plan),
-                words,
-                data,
-                window=window,
-                stride=stride,
-                batch_size=batch,
-                bos=bos,
-                separator=separator,
-                max_tokens=max_tokens,
-            )
-            rows.append({"size": size, **_cost_of(model, plan), **measured.to_dict()})
-    lines = [
-        [
-            "as it is" if row["size"] is None else f"{row['size']:g}",
-            f"{row['params']:,}",
-            f"{row['perplexity']:.4g}",
-            f"{row['nll']:.4f} ± {row['stderr']:.4f}",
-            f"{row['tokens']:,}",
-        ]
-        for row in rows
-    ]
-    first = rows[0]
-    note = f"windows of at most {first['window']} tokens, stride {first['stride']}, BOS: {first['bos']}"
-    head = ["size", "parameters", "perplexity", "NLL per token (nats)", "tokens"]
-    show(
-        {"model": folder, "metric": metric, "of": of, "rows": rows},
-        json,
-        table(f"quality of {folder}", head, lines, note),
-    )
 
 
 def bench_model(
@@ -190,7 +86,7 @@ def bench_model(
             wanted = parse_sizes(sizes or BENCH_SIZES)
             # Without gates, units at random: how many there are makes the speed, not which.
             scores = None if is_wrapped(model) else "random"
-            whole, *plans = [_plan(model, size, metric, of, multiple_of, scores) for size in (1.0, *wanted)]
+            whole, *plans = [plan_of(model, size, metric, of, multiple_of, scores) for size in (1.0, *wanted)]
 
             def made(plan: Any) -> Any:
                 small = compact(model, plan).eval()
@@ -302,7 +198,7 @@ def report(
     )
 
 
-def _plan(
+def plan_of(
     model: Any, size: float | None, metric: str, of: str, multiple_of: list[str] | None, scores: str | None
 ) -> Any:
     if size is None:
@@ -312,7 +208,7 @@ def _plan(
     return plan(model, size, metric=metric, of=of, multiple_of=parse_multiple_of(multiple_of), scores=scores)
 
 
-def _sized(model: Any, plan: Any) -> Any:
+def sized(model: Any, plan: Any) -> Any:
     if plan is None:
         return model
     from ppnet.compact import compact
@@ -320,7 +216,7 @@ def _sized(model: Any, plan: Any) -> Any:
     return compact(model, plan).eval()
 
 
-def _cost_of(model: Any, plan: Any) -> dict[str, int]:
+def cost_of(model: Any, plan: Any) -> dict[str, int]:
     if plan is not None:
         return dict(plan.cost.to_dict())
     return {"params": sum(p.numel() for name, p in model.named_parameters() if not name.startswith("puppet."))}
@@ -370,5 +266,4 @@ def _speed_line(name: str, figures: Speed) -> list[str]:
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("eval")(evaluate)
     app.command()(report)

@@ -2,21 +2,21 @@
 
 A family *names tensors*: for each layer it returns sites made of leaves (`ppnet.units`). It never copies a
 forward: removing whole units only changes the sizes of linear modules and a few integer attributes, so the upstream
-forward keeps working. To add a family, add one file to this folder with one `@register("model_type", ...)` function and
-one `tiny_configs`; discovery, tests, masks, costs and compaction follow.
+forward keeps working. To add a dense decoder, add an entry to `ppnet.families.decoders`; for what a `Layout` cannot
+say, add a file to this folder that registers a `Family`. Discovery, tests, masks, costs and compaction follow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ppnet.errors import UnsupportedModelError
-from ppnet.units import ORDER, Leaf, Site, Structure
+from ppnet.units import ORDER, Leaf, Site, Structure, leaf_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ class Family:
     """How one group of model types is laid out.
 
     Attributes:
-        name: the family's name, also the stem of the shipped modelling file.
+        name: the family's name.
         model_types: the `config.model_type` values it covers.
         sites: model -> its sites.
         tiny_configs: model type -> config of a tiny random model, for tests.
@@ -36,6 +36,8 @@ class Family:
         decoder: whether its models predict the next token. Encoders have no loss of their own, read every sentence
             whole with their tokenizer's special tokens, and do not generate.
         parts: model -> config entries of its shipped class that say which optional parts it has.
+        variants: for tests, by a name: entries of a tiny config that change where units are.
+        shipped: the stem of its modelling file, ``modeling_ppnet_<stem>.py`` in `ppnet.shipped`; empty: its name.
     """
 
     name: str
@@ -46,6 +48,12 @@ class Family:
     stock_expressible: Callable[[Site, Any], bool]
     decoder: bool = True
     parts: Callable[[nn.Module], Mapping[str, Any]] = lambda model: {}
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shipped: str = ""
+
+    @property
+    def stem(self) -> str:
+        return self.shipped or self.name
 
 
 FAMILIES: dict[str, Family] = {}
@@ -146,7 +154,8 @@ def structure_of(model: nn.Module) -> Structure:
     if family is None:
         raise UnsupportedModelError(
             f"model: config.model_type {model_type!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}. "
-            "To add a family, add one file to ppnet/families/ (see ppnet/families/base.py)."
+            "ppnet.discover(model) looks for the units of other dense decoders; to add a family for good, add an entry "
+            "to ppnet/families/decoders.py."
         )
     if hasattr(model, "peft_config"):
         raise UnsupportedModelError(
@@ -155,11 +164,14 @@ def structure_of(model: nn.Module) -> Structure:
         )
     sites = family.sites(model)
     embeddings = cast(nn.Embedding, cast("PreTrainedModel", model).get_input_embeddings()).weight
+    # Embeddings may be narrower than the layers (OPT-350m), whose width is what the first sub-layer reads.
+    first = sites[0].producers[0]
+    width = leaf_module(model, first).weight.shape[1 - first.weight_dim]
     return Structure(
         family=family.name,
         model_type=model_type,
         layers=1 + max(site.layer for site in sites),
-        width=int(embeddings.shape[1]),
+        width=int(width),
         vocabulary=int(embeddings.shape[0]),
         sites=sites,
         order=str(getattr(config, ORDER, "")),

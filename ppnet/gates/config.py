@@ -64,9 +64,9 @@ class PuppetConfig:
         smallest_size: lower end of the fractions of ``"uniform_size"`` and ``"log_size"``.
         prefix_fraction: probability that a gated pass keeps, instead of a Bernoulli draw, the units that
             `ppnet.plan` would keep at the drawn size: a prefix of the gates' order (DESIGN section 2), as deployed.
-        prefix_warmup: optimizer steps, or below 1 a share of the trainer's, over which that probability rises linearly
-            from 0: draws find the order, then prefixes train it. A loop of your own sets `Puppet.total_steps` for the
-            share, or has prefixes from the start.
+        prefix_warmup: optimizer steps (1 or more), or a share of the trainer's (below 1), over which that probability
+            rises linearly from 0: draws find the order, then prefixes train it. A loop of your own sets
+            `Puppet.total_steps` for the share, or has prefixes from the start.
         sandwich: 0: every micro-batch is one pass. n > 0: a dense pass and n gated ones, which learn from the dense
             one's logits (`distill`); their sizes come from n equally likely parts of `lambda_distribution`, one from
             each (after the sandwich rule of Yu & Huang 2019, arXiv 1903.05134). `dense_fraction` is unused then.

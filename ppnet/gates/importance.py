@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def unit_norms(model: nn.Module, leaf: Leaf, input_scale: Tensor | None = None, 
 
     Args:
         input_scale: ``(D,)`` factor per input dimension of a producer, applied before the norm.
-        role: of a fused q|k|v leaf, the block to take (``"v"``).
+        role: of a fused leaf, the part to take (``"v"``).
 
     Returns:
         ``(U,)`` float32.
@@ -60,9 +61,7 @@ def unit_norms(model: nn.Module, leaf: Leaf, input_scale: Tensor | None = None, 
     if input_scale is not None:
         input_scale = input_scale.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     norms = row_norms([weight], [input_scale], [leaf.weight_dim])[0].float()
-    index = leaf.index
-    if role is not None and len(leaf.blocks) > 1:
-        index = index.split(list(leaf.blocks), dim=1)["qkv".index(role)]
+    index = leaf.index if role is None else leaf.parts[role]
     # Added inside the root: a unit of zeros has norm ~1e-19 with gradient 0, and its logarithm stays finite.
     return torch.sqrt(norms[index.to(norms.device)].square().sum(dim=1) + torch.finfo(torch.float32).tiny)
 
@@ -71,8 +70,8 @@ def unit_norms(model: nn.Module, leaf: Leaf, input_scale: Tensor | None = None, 
 def row_norm(model: nn.Module, site: Site, input_scale: Tensor | None) -> Tensor:
     """The paper's importance (arXiv 2606.28251): ||w^gate_i * f^in||_2 for neurons, ||W_O block of h||_F for heads."""
     if site.kind == "neuron":
-        leaf = site.leaf("gate") or site.producers[0]
-        return unit_norms(model, leaf, input_scale)
+        role = "gate" if site.producer("gate") else "up"
+        return unit_norms(model, cast(Leaf, site.producer(role)), input_scale, role)
     return unit_norms(model, site.consumer)
 
 
@@ -84,10 +83,10 @@ def norm_product(model: nn.Module, site: Site) -> Tensor:
     if site.kind == "neuron":
         product = unit_norms(model, site.consumer)
         for leaf in site.producers:
-            product = product * unit_norms(model, leaf)
+            for role in leaf.parts:
+                product = product * unit_norms(model, leaf, role=role)
         return product
-    value = site.leaf("v") or site.producers[0]
-    return unit_norms(model, value, role="v") * unit_norms(model, site.consumer)
+    return unit_norms(model, cast(Leaf, site.producer("v")), role="v") * unit_norms(model, site.consumer)
 
 
 @importance("scale_free")

@@ -83,6 +83,7 @@ class Probe:
     ) -> None:
         self.sink, self.watch, self.run = sink, watch, run
         self.active = True
+        self._sequences = 0  # of the pass, as the attention before was given them
         self._anchors: dict[torch.device, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         try:
@@ -106,6 +107,11 @@ class Probe:
     def enter(self, number: int, args: tuple[Any, ...]) -> Any:
         """What a consumer's hook does with the arguments of its call."""
         x = args[0]
+        flat = x.dim() == 2 and self._sequences > 0
+        if flat:  # some layers flatten (B, T) before their MLP
+            x = x.unflatten(0, (self._sequences, -1))
+        elif x.dim() == 3:
+            self._sequences = len(x)
         if self.watch is not None:
             self.watch(number, x)
         if self.sink is None or not torch.is_grad_enabled():
@@ -113,7 +119,8 @@ class Probe:
         anchor = self._anchors.get(x.device)
         if anchor is None:
             anchor = self._anchors[x.device] = torch.zeros(1, device=x.device, requires_grad=True)
-        return (_Gate.apply(x, anchor, self.sink, number), *args[1:])
+        gated = _Gate.apply(x, anchor, self.sink, number)
+        return (gated.flatten(0, 1) if flat else gated, *args[1:])
 
 
 def remove_probes(model: nn.Module, unless: Callable[[Probe], bool] = lambda probe: False) -> None:

@@ -49,8 +49,8 @@ class SiteWeights:
         return leaf_tensor(self._model, self._site.consumer, "bias") is not None
 
     def roles(self) -> tuple[str, ...]:
-        """What the producers are: of ``gate``, ``up``, or ``q``, ``k``, ``v``; a fused q|k|v counts as three."""
-        return tuple(role for leaf in self._site.producers for role in self._parts(leaf))
+        """What the producers are: of ``gate``, ``up``, or ``q``, ``k``, ``v``; a fused one counts as several."""
+        return tuple(role for leaf in self._site.producers for role in leaf.parts)
 
     def rows(self, role: str, folded: bool = False) -> Tensor:
         """Rows of one producer with their bias as one more column: (U, r, D + 1); (U, r, D) without a bias.
@@ -60,9 +60,9 @@ class SiteWeights:
             folded: multiply the gain of the norm before the sub-layer into the columns, and add what its shift gives to
                 the bias: the rows as they act on the normalised input.
         """
-        leaf = next(leaf for leaf in self._site.producers if role in self._parts(leaf))
+        leaf = next(leaf for leaf in self._site.producers if role in leaf.parts)
         features, bias = self._features(leaf), leaf_tensor(self._model, leaf, "bias")
-        index = self._parts(leaf)[role].to(features.device)
+        index = leaf.parts[role].to(features.device)
         weight = features[index]
         bias = None if bias is None else bias.detach().to(weight.dtype)[index]
         affine = self._norm(self._site) if folded else None
@@ -76,12 +76,6 @@ class SiteWeights:
         """The weight with the indexed features first."""
         weight = leaf_weight(self._model, leaf).detach()
         return (weight if leaf.weight_dim == 0 else weight.t()).to(wide(weight.dtype))
-
-    @staticmethod
-    def _parts(leaf: Leaf) -> dict[str, Tensor]:
-        if len(leaf.blocks) == 1:
-            return {leaf.role: leaf.index}
-        return dict(zip(leaf.role, leaf.index.split(list(leaf.blocks), dim=1), strict=True))
 
 
 class Activations:

@@ -1,7 +1,8 @@
-"""The modelling files that travel with compacted models, one per family: `modeling_ppnet_<family>.py`.
+"""The modelling files that travel with compacted models: `modeling_ppnet_<stem>.py`.
 
-They are copied beside the weights and must import torch and transformers only, never ppnet. To ship a new family, add
-its file here; classes are found by `model_type` (``ppnet_<base>``) and by the stock class they extend.
+They are copied beside the weights and must import torch and transformers only, never ppnet. Decoders that are known by
+their layout share one, which makes its classes from the stock ones. To ship a family of another shape, add its file
+here; classes are found by `model_type` (``ppnet_<base>``) and by the stock class they extend.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from ppnet.errors import UnsupportedModelError
 from ppnet.families import FAMILIES
+from ppnet.families.layout import SHIPPED
 
 PREFIX = "ppnet_"
 
@@ -49,16 +51,37 @@ class Shipped:
 
 
 def _module(model_type: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.modeling_ppnet_{FAMILIES[model_type].name}")
+    return importlib.import_module(f"{__name__}.modeling_ppnet_{FAMILIES[model_type].stem}")
 
 
 def shipped(model_type: str) -> Shipped:
     """The classes for a base model type such as ``llama``. Imports the family's modelling file on first use."""
+    if FAMILIES[model_type].stem == SHIPPED:
+        return _derived(model_type)
     classes: list[Any] = [item for item in vars(_module(model_type)).values() if isinstance(item, type)]
     config = next(item for item in classes if getattr(item, "model_type", None) == PREFIX + model_type)
     models = {item._auto_class: item for item in classes if getattr(item, "config_class", None) is config}
     bare = models.pop("AutoModel")
     return Shipped(config, {**models, "AutoModel": bare})
+
+
+def _derived(model_type: str) -> Shipped:
+    """The classes of a decoder that is known by its layout, each made from the stock one of transformers."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    module = _module(model_type)
+    if model_type not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"model: transformers has no class for {model_type!r} to extend by layers of different widths; give a plan "
+            "with equal widths."
+        )
+    names = {
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
+        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES[model_type],
+    }
+    config = getattr(module, f"PPNet{CONFIG_MAPPING_NAMES[model_type]}")
+    return Shipped(config, {auto: getattr(module, f"PPNet{name}") for auto, name in names.items()})
 
 
 def _activate(model_type: str) -> Any:

@@ -91,7 +91,7 @@ class CheckpointMixin(Base):
             )
             raise CheckpointError(f"{path}: the saved model {has}; resume with the model of the saved run.")
         saved, own = saved or {}, own or {}
-        changed = sorted(key for key in saved if saved[key] != own.get(key))
+        changed = sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key))
         if changed:
             logger.warning(f"Resuming with other PuppetConfig options than the saved run's: {', '.join(changed)}.")
         if manifest.get("world_size") != self.args.world_size:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,9 +96,14 @@ class PuppetTrainerMixin(CheckpointMixin):
 
     _tokens: int | None = None
     _watched: torch.optim.Optimizer | None = None
+    _own_cache: bool | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        config = getattr(kwargs.get("model", args[0] if args else None), "config", None)
+        own = getattr(config, "use_cache", None)
         super().__init__(*args, **kwargs)
+        if config is not None and own is not None:
+            config.use_cache = own  # the Trainer turned it off; here that is done while it trains
         # The Trainer's default with a tokenizer asks for a padding token, which blocks of equal length do not need.
         data = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         if isinstance(data, TextBlocks) and isinstance(self.data_collator, DataCollatorWithPadding):
@@ -126,7 +132,28 @@ class PuppetTrainerMixin(CheckpointMixin):
         self._micro_losses: list[Tensor] = []
         self._last_loss = math.nan
         self._terms: dict[str, list[Tensor]] = {}
-        return super().train(*args, **kwargs)
+        self._own_cache = getattr(getattr(self.model, "config", None), "use_cache", None)
+        with self._cache(self.args.use_cache):
+            return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _cache(self, on: bool | None) -> Iterator[None]:
+        """Inside, the model's config says whether its passes keep keys and values; None: as it is."""
+        config = getattr(self.model, "config", None)
+        before = getattr(config, "use_cache", None)
+        if on is None or before is None:
+            yield
+            return
+        config.use_cache = on
+        try:
+            yield
+        finally:
+            config.use_cache = before
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # Saved without, a model would generate without a cache.
+        with self._cache(self._own_cache):
+            super()._save(*args, **kwargs)
 
     # ---- objective ------------------------------------------------------------------------------------------------
 
