@@ -16,7 +16,7 @@ PLOTTED = (
 )  # fmt: skip
 # Ways to spend more or less on the gate phase.
 TRADED = (
-    "retrofit mama", "retrofit prefix", "retrofit prefix rising", "retrofit prefix log", "retrofit prefix dense 0.1",
+    "retrofit mama", "retrofit prefix", "retrofit prefix rising", "retrofit prefix log",
     "retrofit prefix distill 0", "retrofit prefix sandwich 1", "retrofit prefix sandwich 2",
     "retrofit prefix log sandwich 3",
 )  # fmt: skip
