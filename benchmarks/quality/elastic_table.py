@@ -16,9 +16,8 @@ PLOTTED = (
 )  # fmt: skip
 # Ways to spend more or less on the gate phase.
 TRADED = (
-    "retrofit mama", "retrofit prefix", "retrofit prefix rising", "retrofit prefix log",
-    "retrofit prefix distill 0", "retrofit prefix sandwich 1", "retrofit prefix sandwich 2",
-    "retrofit prefix log sandwich 3",
+    "retrofit mama", "retrofit prefix", "retrofit prefix rising", "retrofit prefix distill 0", "retrofit prefix log",
+    "retrofit prefix sandwich 1", "retrofit prefix sandwich 2", "retrofit prefix log sandwich 3",
 )  # fmt: skip
 LARGE = 0.3  # sizes from here up are the first panel's
 HIGHEST = 4.0  # of the plot
@@ -145,10 +144,10 @@ def plot_trade(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...],
             y = above_alone(rows, run, part)
             axis.plot(x, y, "o", color=LIGHT.main)
             axis.annotate(
-                run.removeprefix("retrofit "), (x, y), (6, 4 if number % 2 else -10), textcoords="offset points",
-                fontsize=8.5, color=LIGHT.ink,
+                run.removeprefix("retrofit "), (x, y), (-7 if number % 2 else 7, -3), textcoords="offset points",
+                fontsize=8.5, color=LIGHT.ink, ha="right" if number % 2 else "left",
             )  # fmt: skip
-        axis.margins(x=0.25, y=0.2)
+        axis.margins(x=0.3, y=0.2)
         headline(axis, LIGHT, f"sizes {part[0]:g} to {part[-1]:g}: what the gate phase buys")
         labels(axis, LIGHT, "training FLOPs of the gate phase, % of the dense model's", "NLL above alone, %")
     figure.savefig(path)
