@@ -315,7 +315,7 @@ def test_what_a_family_refuses():
         ppnet.inspect(phi3)
 
 
-def test_the_classes_of_a_modelling_file_are_made_when_asked_for():
+def test_the_classes_of_a_modelling_file_are_made_when_asked_for(tmp_path):
     from ppnet.shipped import modeling_ppnet_decoder as module
 
     assert module.PPNetGemma2Model is module.PPNetGemma2Model
@@ -323,7 +323,8 @@ def test_the_classes_of_a_modelling_file_are_made_when_asked_for():
     for name in ("PPNetNonsense", "Gemma2Model", "PPNetAutoModel", "__path__"):
         with pytest.raises(AttributeError, match=name):
             getattr(module, name)
-    assert AutoModel.from_config(made("gemma2", False)[3].config).__class__ is module.PPNetGemma2Model
+    ppnet.save(made("gemma2", False)[3], tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).__class__ is module.PPNetGemma2Model
 
 
 # ---- tables that are wrong -------------------------------------------------------------------------------------------

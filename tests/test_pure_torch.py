@@ -31,7 +31,7 @@ torch.save(trained(), sys.argv[2])
 
 def trained():
     """Gradients of two gated training passes, and the logits of the compacted result."""
-    model = ppnet.wrap(tiny("qwen3"), ppnet.PuppetConfig(dense_fraction=0.0)).train()
+    model = ppnet.wrap(tiny("qwen3"), ppnet.PuppetConfig(dense_fraction=0.0, prefix_fraction=0.0)).train()
     ids = token_ids()
     for _ in range(2):
         (model(ids, labels=ids).loss + model.puppet.penalty()).backward()
