@@ -153,7 +153,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     register()  # a compacted model's config is then known, and no code of the folder is asked for
-    absent = f"tokenizer: {folder} holds no tokenizer that loads; name its folder with --tokenizer."
+    state = "holds no tokenizer that loads" if Path(folder).is_dir() else "is not there"
+    absent = f"tokenizer: {folder} {state}; name its folder with --tokenizer."
     files = [file.name for file in Path(folder).iterdir()] if Path(folder).is_dir() else []
     if files and not any(fnmatch(name, known) for name in files for known in TOKENIZER_FILES):
         raise DataError(absent)  # for some models, transformers would make an empty one
