@@ -63,6 +63,7 @@ VARIANTS: dict[str, Any] = {
     # How masks and sizes are drawn. "retrofit prefix" is what the rows below change one thing of.
     "retrofit prefix": retrofit("mama", **PREFIX),
     "retrofit prefix scale-free": retrofit(**PREFIX),
+    "retrofit prefix row norm": retrofit(**PREFIX, importance="row_norm"),
     "retrofit prefix half": retrofit("mama", prefix_fraction=0.5, prefix_warmup=0.0),
     "retrofit prefix rising": retrofit("mama", **RISING),
     "retrofit prefix rising from 0.4": retrofit("mama", **RISING, smallest_size=0.4),
@@ -85,6 +86,7 @@ VARIANTS: dict[str, Any] = {
     "retrofit prefix distill 1": retrofit("mama", **PREFIX, distill=1.0),
     "retrofit prefix lr x2": retrofit("mama", lr=2.0, **PREFIX),
     "retrofit prefix gate lr 0.01": replace(retrofit("mama", **PREFIX), gate_lr=0.01),
+    "retrofit prefix gates decay": retrofit("mama", **PREFIX, decay_gates=True),
     "retrofit prefix no penalty": retrofit("mama", **PREFIX, penalty=0.0),
     "retrofit prefix penalty x4": retrofit("mama", **PREFIX, penalty=2.0),
     "retrofit prefix no amplitudes": retrofit("mama", **PREFIX, amplitudes=False),
