@@ -139,7 +139,7 @@ class PuppetTrainerMixin(CheckpointMixin):
     @contextmanager
     def _cache(self, on: bool | None) -> Iterator[None]:
         """Inside, the model's config says whether its passes keep keys and values; None: as it is."""
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         before = getattr(config, "use_cache", None)
         if on is None or before is None:
             yield
