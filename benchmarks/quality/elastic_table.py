@@ -75,11 +75,10 @@ def table(recipe: dict[str, Any], rows: Rows, fractions: tuple[float, ...]) -> s
     for run in dict.fromkeys(row["run"] for row in rows if "fraction" in row):
         cells, curve = [], {}
         for fraction in fractions:
-            found, alone = values(rows, run, fraction), values(rows, "alone", fraction)
-            common = found.keys() & alone.keys()
+            found, above = values(rows, run, fraction), above_alone(rows, run, (fraction,))
             cell = f"{statistics.mean(found.values()):.3f}" if found else ""
-            if common and run != "alone":
-                cell += f" ({statistics.mean(100 * (found[seed] / alone[seed] - 1) for seed in common):+.1f})"
+            if above is not None and run != "alone":
+                cell += f" ({above:+.1f})"
             cells.append(cell)
             if found and dense:
                 curve[fraction] = statistics.mean(ratios(rows, run, fraction))

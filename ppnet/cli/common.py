@@ -286,3 +286,14 @@ def cost_table(title: str, result: dict[str, Any]) -> Table:
         small, dense = result["achieved"], result["dense"]
         rows.append([result["metric"], f"{small:,.1f}", f"{dense:,.1f}", f"{small / dense:.2%}"])
     return table(title, ["", "small", "dense", "of dense"], rows)
+
+
+def refuse_without(option: str, /, **options: Any) -> None:
+    """Refuses options that only another one gives a meaning.
+
+    Raises:
+        PPNetError: one is given.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise PPNetError(f"{name.replace('_', '-')}: {value} has a meaning only with {option}; leave it out.")

@@ -26,17 +26,6 @@ Level = Annotated[
 Seed = Annotated[int | None, typer.Option(help="With --draws: seed of the masks; default: 0.")]
 
 
-def refuse_without_draws(**options: Any) -> None:
-    """Refuses options that only --draws gives a meaning.
-
-    Raises:
-        PPNetError: one is given.
-    """
-    for name, value in options.items():
-        if value is not None:
-            raise PPNetError(f"{name.replace('_', '-')}: {value} has a meaning only with --draws; leave it out.")
-
-
 def evaluate_draws(
     folder: Path,
     data: list[Path],

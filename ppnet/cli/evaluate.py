@@ -23,12 +23,13 @@ from ppnet.cli.common import (
     load_tokenizer,
     parse_sizes,
     quiet_stdout,
+    refuse_without,
     show,
     table,
 )
-from ppnet.cli.ensemble import CoverageDraws, Draws, Level, Seed, evaluate_draws, refuse_without_draws
+from ppnet.cli.ensemble import CoverageDraws, Draws, Level, Seed, evaluate_draws
 from ppnet.cli.measure import Batch, Bos, Folder, MaxTokens, Separator, Stride, Window, cost_of, plan_of, sized
-from ppnet.cli.tasks import Fewshot, Limit, TaskFolder, Tasks, evaluate_tasks, refuse_without_tasks
+from ppnet.cli.tasks import Fewshot, Limit, TaskFolder, Tasks, evaluate_tasks
 from ppnet.errors import PPNetError
 
 EvalData = Annotated[
@@ -97,7 +98,7 @@ def evaluate(
             seed=seed or 0,
         )
         return
-    refuse_without_tasks(task_folder=task_folder, fewshot=fewshot, limit=limit)
+    refuse_without("--tasks", task_folder=task_folder, fewshot=fewshot, limit=limit)
     if not data:
         raise PPNetError("data: none; give --data FILE (perplexity) or --tasks NAMES (lm-evaluation-harness).")
     if draws is not None:
@@ -124,7 +125,7 @@ def evaluate(
             max_tokens=max_tokens,
         )
         return
-    refuse_without_draws(coverage_draws=coverage_draws, level=level, seed=seed)
+    refuse_without("--draws", coverage_draws=coverage_draws, level=level, seed=seed)
     from ppnet.evaluate import perplexity
 
     with quiet_stdout():

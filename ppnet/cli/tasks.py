@@ -19,17 +19,6 @@ Fewshot = Annotated[int | None, typer.Option(help="With --tasks: examples before
 Limit = Annotated[float | None, typer.Option(help="With --tasks: only the first so many documents of each.")]
 
 
-def refuse_without_tasks(**options: Any) -> None:
-    """Refuses options that only --tasks gives a meaning.
-
-    Raises:
-        PPNetError: one is given.
-    """
-    for name, value in options.items():
-        if value is not None:
-            raise PPNetError(f"{name.replace('_', '-')}: {value} has a meaning only with --tasks; leave it out.")
-
-
 def evaluate_tasks(
     folder: Path,
     tasks: str,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ppnet.families.base import Family, register
+from ppnet.families.base import TINY, Family, register
 from ppnet.families.layout import Layout, per_layer_keys, sites_of, stock_expressible
 
 
@@ -18,25 +18,11 @@ def layout(config: Any) -> Layout:
 
 
 def tiny_configs(model_type: str) -> dict[str, Any]:
-    common = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    }
     if model_type == "llama":
-        return {**common, "attention_bias": True, "mlp_bias": True}
+        return {**TINY, "attention_bias": True, "mlp_bias": True}
     if model_type == "mistral":
-        return {**common, "sliding_window": None}
-    return common
+        return {**TINY, "sliding_window": None}
+    return dict(TINY)
 
 
 register(
